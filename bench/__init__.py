@@ -1,0 +1,1 @@
+"""Side-by-side measurements of regraft against other compilers and runtimes."""

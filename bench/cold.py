@@ -1,0 +1,103 @@
+"""One cold compile in this process: `python -m bench.cold ROW PEER` prints its seconds and memory as JSON.
+
+`bench.cpu_peers` runs it in a fresh process with empty caches: a compiler that ran before is never cold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.models import ROWS, Case
+from bench.peers import PEERS, build
+
+PAGE = 4096
+
+
+class PeakMemory:
+    """The highest resident memory above where it began, sampled by a thread.
+
+    The process's own high-water mark would not do: loading the model raises it before the compile begins.
+    """
+
+    def __init__(self, interval: float = 0.005) -> None:
+        self.interval = interval
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._sample, daemon=True)
+        self.base = resident_bytes()
+        self.peak = self.base
+
+    def __enter__(self) -> PeakMemory:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+        self.peak = max(self.peak, resident_bytes())
+
+    @property
+    def added(self) -> int:
+        """The bytes added at the highest point."""
+        return self.peak - self.base
+
+    def _sample(self) -> None:
+        while not self.stopped.wait(self.interval):
+            self.peak = max(self.peak, resident_bytes())
+
+
+def resident_bytes() -> int:
+    """The resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE
+
+
+def weight_bytes(case: Case) -> int:
+    """The bytes of the module's parameters and buffers, shared ones counted once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*case.module.parameters(), *case.module.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def measure(row: str, peer: str) -> dict[str, Any]:
+    """Build one peer of one row, with its first call, and return what it took."""
+    case = ROWS[row]()
+    with torch.no_grad():
+        # Threads, oneDNN and the allocator start here, so that they are not counted as the compile's.
+        case.module(*case.args, **case.kwargs)
+    weights = weight_bytes(case)
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        built = build(peer, case)
+        elapsed = time.perf_counter() - start
+    if built.call is None:
+        return {"reason": built.reason}
+    return {
+        "seconds": round(built.compile_seconds, 3),
+        "elapsed": round(elapsed, 3),
+        "weight_bytes": weights,
+        "peak_bytes": memory.added,
+        # The model itself is resident all along: a compile that added nothing has a ratio of 1.
+        "peak_over_weights": round((weights + memory.added) / weights, 3),
+    }
+
+
+def main() -> int:
+    """Read the row and the peer, measure, and print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("row", choices=list(ROWS))
+    parser.add_argument("peer", choices=list(PEERS))
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(json.dumps(measure(options.row, options.peer)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

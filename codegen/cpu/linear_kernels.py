@@ -1,0 +1,214 @@
+"""The kernels that a linear layer can run on, each as nodes of the lowered graph.
+
+All are operators that PyTorch ships: ``plain`` is ``aten.linear`` on the model's own weight; ``transposed`` is ``mm``
+on a transposed copy; ``onednn`` multiplies with a weight packed by oneDNN; ``convolution`` is the same product as a
+1x1 convolution over ``rows`` pixels, whose oneDNN kernels are often faster than its matrix product. Packed weights
+depend on neither batch nor length, except that a convolution is planned for a number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from regraft.codegen.cpu.context import Emitter
+from regraft.ir.ops.activation import activate
+
+aten = torch.ops.aten
+mkldnn = torch.ops.mkldnn
+
+#: Activation -> what oneDNN calls it: name and algorithm.
+ONEDNN_ACTIVATIONS: dict[str, tuple[str, str]] = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "sigmoid": ("sigmoid", ""),
+    "tanh": ("tanh", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
+#: Activation -> the operator that computes it in place.
+IN_PLACE: dict[str, Any] = {
+    "relu": (aten.relu_.default, {}),
+    "sigmoid": (aten.sigmoid_.default, {}),
+    "tanh": (aten.tanh_.default, {}),
+    "silu": (aten.silu_.default, {}),
+    "gelu": (aten.gelu_.default, {}),
+    "gelu_tanh": (aten.gelu_.default, {"approximate": "tanh"}),
+}
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """What the choice of a kernel depends on. ``rows`` is None where it is symbolic."""
+
+    rows: int | None
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    has_bias: bool = False
+    activation: str = "none"
+    has_multiplier: bool = False
+    has_residual: bool = False
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The lowered operands of one linear layer, flat: ``x`` ``[rows, in]``, the epilogue's ``[rows, out]``."""
+
+    x: fx.Node
+    weight: Tensor
+    bias: fx.Node | None
+    multiplier: fx.Node | None
+    residual: fx.Node | None
+    activation: str
+    rows: int | None
+    hint: str
+
+
+def plain(emit: Emitter, given: Operands) -> fx.Node:
+    """aten.linear on the weight as it is; the epilogue works in place on the result."""
+    weight = emit.bind(given.weight, given.hint)
+    out = emit.call(aten.linear.default, given.x, weight, given.bias)
+    return _epilogue(emit, given, _activated(emit, out, given.activation))
+
+
+def transposed(emit: Emitter, given: Operands) -> fx.Node:
+    """A plain product with a transposed copy of the weight; a bias or residual is where the product starts from."""
+    weight = emit.bind(given.weight.detach().t().contiguous(), given.hint)
+    direct = given.activation == "none" and given.multiplier is None
+    start = given.residual if direct and given.residual is not None else given.bias
+    if start is None:
+        out = emit.call(aten.mm.default, given.x, weight)
+        return _epilogue(emit, given, _activated(emit, out, given.activation))
+    out = emit.call(aten.addmm.default, start, given.x, weight)
+    if start is given.residual:
+        return out if given.bias is None else emit.call(aten.add_.Tensor, out, given.bias)
+    return _epilogue(emit, given, _activated(emit, out, given.activation))
+
+
+def onednn(emit: Emitter, given: Operands) -> fx.Node:
+    """oneDNN's packed product; the epilogue works in place on the result, the first sum or product is fused."""
+    return _onednn(emit, given, fuse_activation=False)
+
+
+def onednn_fused(emit: Emitter, given: Operands) -> fx.Node:
+    """oneDNN's packed product with the activation inside."""
+    return _onednn(emit, given, fuse_activation=True)
+
+
+def _onednn(emit: Emitter, given: Operands, fuse_activation: bool) -> fx.Node:
+    packed = emit.bind(pack_onednn(given.weight), given.hint)
+    binary, operand = _first_binary(given)
+    if binary is not None:
+        out = emit.call(mkldnn._linear_pointwise.binary, given.x, operand, packed, given.bias, binary)
+        return out if binary == "add" else _epilogue(emit, given, out, multiplied=True)
+    name, algorithm = ONEDNN_ACTIVATIONS[given.activation] if fuse_activation else ("none", "")
+    out = emit.call(mkldnn._linear_pointwise.default, given.x, packed, given.bias, name, [], algorithm)
+    if not fuse_activation:
+        out = _activated(emit, out, given.activation)
+    return _epilogue(emit, given, out)
+
+
+def convolution(emit: Emitter, given: Operands) -> fx.Node:
+    """A 1x1 convolution over ``rows`` pixels in channels-last layout: ``[rows, in]`` is ``[1, in, 1, rows]``."""
+    rows, (out_features, in_features) = given.rows, given.weight.shape
+    assert rows is not None
+    packed = emit.bind(pack_convolution(given.weight, rows), given.hint)
+    image = _as_image(emit, given.x, rows, in_features)
+    binary, operand = _first_binary(given)
+    geometry = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+    if binary == "add":
+        assert operand is not None
+        other = _as_image(emit, operand, rows, out_features)
+        out = emit.call(
+            mkldnn._convolution_pointwise.binary,
+            image,
+            other,
+            packed,
+            given.bias,
+            *geometry,
+            "add",
+            1.0,
+            None,
+            [],
+            None,
+        )
+        return emit.call(aten.as_strided.default, out, [rows, out_features], [out_features, 1])
+    out = emit.call(mkldnn._convolution_pointwise.default, image, packed, given.bias, *geometry, "none", [], "")
+    flat = emit.call(aten.as_strided.default, out, [rows, out_features], [out_features, 1])
+    return _epilogue(emit, given, _activated(emit, flat, given.activation))
+
+
+def _as_image(emit: Emitter, flat: fx.Node, rows: int, features: int) -> fx.Node:
+    """``[rows, features]`` as ``[1, features, 1, rows]`` in channels-last layout; a slice of wider rows is copied."""
+    dense = emit.call(aten.contiguous.default, flat)
+    strides = [features * rows, 1, features * rows, features]
+    return emit.call(aten.as_strided.default, dense, [1, features, 1, rows], strides)
+
+
+def _first_binary(given: Operands) -> tuple[str | None, fx.Node | None]:
+    """The sum or product that can be fused: the one that comes first after the product with the weight."""
+    if given.activation != "none":
+        return None, None
+    if given.multiplier is not None:
+        return "mul", given.multiplier
+    return ("add", given.residual) if given.residual is not None else (None, None)
+
+
+def _activated(emit: Emitter, out: fx.Node, activation: str) -> fx.Node:
+    if activation == "none":
+        return out
+    if activation in IN_PLACE:
+        target, options = IN_PLACE[activation]
+        return emit.call(target, out, **options)
+    return emit.call(activate, out, activation)
+
+
+def _epilogue(emit: Emitter, given: Operands, out: fx.Node, multiplied: bool = False) -> fx.Node:
+    if given.multiplier is not None and not multiplied:
+        out = emit.call(aten.mul_.Tensor, out, given.multiplier)
+    return out if given.residual is None else emit.call(aten.add_.Tensor, out, given.residual)
+
+
+def pack_onednn(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's own layout; raises ``RuntimeError`` where oneDNN does not support the type."""
+    packed: Tensor = mkldnn._reorder_linear_weight(weight.detach().contiguous())
+    return packed
+
+
+def pack_convolution(weight: Tensor, rows: int) -> Tensor:
+    """The weight in oneDNN's layout for a 1x1 convolution over ``rows`` pixels."""
+    image = weight.detach().contiguous().view(*weight.shape, 1, 1).contiguous(memory_format=torch.channels_last)
+    size = [1, weight.shape[1], 1, rows]
+    packed: Tensor = mkldnn._reorder_convolution_weight(image, [0, 0], [1, 1], [1, 1], 1, size)
+    return packed
+
+
+Kernel = Callable[[Emitter, Operands], fx.Node]
+
+#: Kernels by name, in the order in which ties are broken: a kernel that needs no second copy of the weight first.
+KERNELS: dict[str, Kernel] = {
+    "plain": plain,
+    "transposed": transposed,
+    "onednn": onednn,
+    "onednn_fused": onednn_fused,
+    "convolution": convolution,
+}
+
+
+def applicable(shape: LinearShape) -> list[str]:
+    """Names of the kernels that can run a shape."""
+    names = ["plain"]
+    if not (shape.dtype == torch.float32 and torch.backends.mkldnn.is_available()):
+        return names
+    names += ["transposed", "onednn"]
+    if shape.activation == "gelu_tanh":  # the one activation that PyTorch's own kernel computes more slowly
+        names.append("onednn_fused")
+    if shape.rows is not None:
+        names.append("convolution")
+    return names

@@ -1,0 +1,122 @@
+"""Lowering a program to the CPU: every operator becomes calls of kernels that PyTorch ships.
+
+The lowered graph is flat: linear layers, norms and element-wise operators between them work on ``[rows, features]``.
+Weights are read one at a time: a derived weight is computed, packed for its kernel and let go before the next, so that
+no second copy of the model is ever in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from regraft.codegen.cpu.attention import lower_attention
+from regraft.codegen.cpu.context import Context, Lowered
+from regraft.codegen.cpu.executable import Executable
+from regraft.codegen.cpu.linear import lower_linear
+from regraft.codegen.cpu.moe import pack_moe, run_moe
+from regraft.codegen.cpu.peephole import polish
+from regraft.codegen.cpu.rowwise import (
+    BINARY,
+    UNARY,
+    lower_add_norm,
+    lower_elementwise,
+    lower_glu,
+    lower_rope,
+    lower_row_norm,
+)
+from regraft.codegen.cpu.tuning import Tuner
+from regraft.ir import ops
+from regraft.ir.nodes import arguments
+from regraft.ir.program import Program
+
+aten = torch.ops.aten
+
+Lowering = Callable[[Context, fx.Node], Lowered | None]
+
+#: How each operator is lowered; None from a lowering means: as it is.
+LOWERINGS: dict[Any, Lowering] = {
+    ops.attention: lambda context, node: Lowered(full=lower_attention(context, node)),
+    ops.rms_norm: lower_row_norm,
+    aten.layer_norm.default: lower_row_norm,
+    ops.add_norm: lower_add_norm,
+    ops.rope: lower_rope,
+    ops.glu: lower_glu,
+    ops.moe: lambda context, node: _lower_moe(context, node),
+    **dict.fromkeys((*UNARY, *BINARY), lower_elementwise),
+}
+
+
+def lower(program: Program, tuner: Tuner | None = None) -> Executable:
+    """The program as an executable for the CPU. ``tuner`` carries decisions that were measured before."""
+    tuner = tuner or Tuner()
+    tuner.reads([tensor for tensor in program.weights.originals.values() if tensor.is_floating_point()])
+    context = Context(torch.nn.Module(), fx.Graph(), program=program)
+    for node in program.user_inputs():
+        context.values[node] = Lowered(full=context.graph.placeholder(node.name))
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            made = _lower_node(context, node, tuner)
+            context.values[node] = made
+            _stamp(context, node, made)
+    outputs = fx.map_arg(program.output_node.args[0], context.value)
+    context.graph.output(outputs)
+    polish(context.graph)
+    return Executable(fx.GraphModule(context.root, context.graph), tuner.to_jsonl())
+
+
+def _lower_node(context: Context, node: fx.Node, tuner: Tuner) -> Lowered:
+    if node.target in (aten.linear.default, ops.linear):
+        return lower_linear(context, node, tuner)
+    special = LOWERINGS.get(node.target)
+    made = special(context, node) if special is not None else None
+    return made if made is not None else _as_it_is(context, node)
+
+
+def _lower_moe(context: Context, node: fx.Node) -> Lowered | None:
+    """Experts packed once; experts whose weights are computed at run time run the reference."""
+    given = arguments(node)
+    weights = {name: given[name] for name in _EXPERT_WEIGHTS if given[name] is not None}
+    if not all(context.is_weight(value) for value in weights.values()):
+        return None
+    options = {name: given[name] for name in _EXPERT_OPTIONS}
+    tensors: dict[str, Any] = {name: context.weight(value) for name, value in weights.items()}
+    packed = pack_moe(**tensors, **options)
+    operands = [context.value(given[name]) for name in ("hidden", "index", "weight")]
+    return Lowered(full=context.call(run_moe, context.bind(packed, given["first"].name), *operands))
+
+
+_EXPERT_WEIGHTS = ("first", "down", "up", "first_bias", "down_bias", "up_bias")
+_EXPERT_OPTIONS = ("activation", "layout", "transposed", "alpha", "limit", "up_offset")
+
+
+def _as_it_is(context: Context, node: fx.Node) -> Lowered:
+    """The same call on lowered operands; a semantic operator without a lowering runs its reference directly."""
+    args = fx.map_arg(node.args, context.value)
+    kwargs = fx.map_arg(node.kwargs, context.value)
+    semantic = ops.OPERATORS.get(node.target)
+    if semantic is not None:
+        return Lowered(full=context.call(_reference_call, node.target, *args, **kwargs))
+    return Lowered(full=context.call(node.target, *args, **kwargs))
+
+
+def _reference_call(target: Any, *args: Any, **kwargs: Any) -> Any:
+    return target(*args, **kwargs)
+
+
+def _stamp(context: Context, source: fx.Node, made: Lowered) -> None:
+    """Metadata of the program's node on the node that stands for it, for profiles, traces and the peephole."""
+    for node in (made.full, made.flat):
+        if node is not None and "source" not in node.meta:
+            node.meta.update(copy.copy(source.meta), source=source.name)
+    if made.flat is not None and made.fresh:
+        value = source.meta["val"]
+        if all(isinstance(size, int) for size in value.shape):
+            rows = math.prod(value.shape[:-1])
+            made.flat.meta["val"] = torch.empty((rows, value.shape[-1]), dtype=value.dtype, device="meta")
+            made.flat.meta["dense"] = True  # a new buffer in row order: its views have strides that are known

@@ -1,0 +1,159 @@
+"""Lowering operators that work on each row or element by itself: norms, activations, gates, sums, rope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from regraft.codegen.cpu.context import Context, Lowered
+from regraft.ir import ops
+from regraft.ir.nodes import arguments, dtype, rank, shape, sizes_equal
+from regraft.ir.ops.activation import activate
+from regraft.ir.ops.rms_norm import reference as rms_norm_reference
+
+aten = torch.ops.aten
+
+
+def _rms_norm_of_version() -> Callable[..., Tensor]:
+    """PyTorch's fused kernel where this version has it, else its composite."""
+    fused = getattr(aten, "_fused_rms_norm", None)
+    if fused is None:
+        return torch.nn.functional.rms_norm
+    return lambda x, size, weight, eps: fused.default(x, size, weight, eps)[0]
+
+
+_FUSED_RMS_NORM = _rms_norm_of_version()
+
+#: Element-wise operators of one tensor operand that keep type and shape.
+UNARY = (
+    aten.gelu.default,
+    aten.silu.default,
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+)
+#: Element-wise operators of two tensors of the same shape.
+BINARY = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str) -> Tensor:
+    """RMSNorm in fp32 by PyTorch's fused kernel; other types and flavours by the definition."""
+    if x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
+        scale = weight if weight is None or offset == 0 else weight + offset
+        out: Tensor = _FUSED_RMS_NORM(x, [x.shape[-1]], scale, eps)
+        return out
+    return rms_norm_reference(x, weight, eps, offset, cast)
+
+
+def rope_half(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
+    """Rotary embedding of paired halves without concatenation: each half of the result is written once."""
+    half = rotary_dim // 2
+    kind = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), sin.dtype)
+    leading = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
+    out = torch.empty((*leading, x.shape[-1]), dtype=kind, device=x.device)
+    first, second = x[..., :half], x[..., half:rotary_dim]
+    wide = cos.shape[-1] == rotary_dim
+    cos_first, sin_first = cos[..., :half], sin[..., :half]
+    cos_second, sin_second = (cos[..., half:], sin[..., half:]) if wide else (cos_first, sin_first)
+    torch.mul(first, cos_first, out=out[..., :half]).addcmul_(second, sin_first, value=-1)
+    torch.mul(second, cos_second, out=out[..., half:rotary_dim]).addcmul_(first, sin_second)
+    if rotary_dim < x.shape[-1]:
+        out[..., rotary_dim:] = x[..., rotary_dim:]
+    return out
+
+
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up with one temporary."""
+    opened = activate(gate, activation)
+    if opened is gate:  # the gate belongs to others too
+        return gate * up
+    return opened.mul_(up) if opened.dtype == torch.promote_types(gate.dtype, up.dtype) else opened * up
+
+
+def lower_row_norm(context: Context, node: fx.Node) -> Lowered:
+    """layer_norm or rms_norm over the last dim, on the flat form where there is one."""
+    given = arguments(node)
+    x: fx.Node = given["x"] if "x" in given else given["input"]
+    on_flat = context.has_flat(x) and (
+        node.target is not aten.layer_norm.default or len(given["normalized_shape"]) == 1
+    )
+    source = context.flat(x) if on_flat else context.value(x)
+    optional = {name: None if given.get(name) is None else context.value(given[name]) for name in ("weight", "bias")}
+    if node.target is aten.layer_norm.default:
+        out = context.call(
+            aten.layer_norm.default,
+            source,
+            given["normalized_shape"],
+            optional["weight"],
+            optional["bias"],
+            given["eps"],
+        )
+    else:
+        out = context.call(rms_norm, source, optional["weight"], given["eps"], given["offset"], given["cast"])
+    return Lowered(flat=out, fresh=True) if on_flat else Lowered(full=out, fresh=True)
+
+
+def lower_elementwise(context: Context, node: fx.Node) -> Lowered | None:
+    """Unary and same-shape binary operators stay flat when an operand is; None when nothing is flat."""
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    if rank(node) < 2 or not any(context.has_flat(operand) for operand in operands):
+        return None
+    if any(not _alike(node, operand) for operand in operands) or not context.can_unflatten(node):
+        return None
+    args = [context.flat(arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
+    return Lowered(flat=context.call(node.target, *args, **node.kwargs), fresh=True)
+
+
+def _alike(node: fx.Node, operand: fx.Node) -> bool:
+    return sizes_equal(shape(node), shape(operand)) and dtype(node) == dtype(operand)
+
+
+def lower_glu(context: Context, node: fx.Node) -> Lowered:
+    """The gate's product, flat where both operands are."""
+    gate, up, activation = node.args
+    assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
+    flat = context.has_flat(gate) and context.has_flat(up) and _alike(gate, up)
+    args = [(context.flat if flat else context.value)(operand) for operand in (gate, up)]
+    out = context.call(glu, *args, activation)
+    return Lowered(flat=out, fresh=True) if flat else Lowered(full=out, fresh=True)
+
+
+def lower_rope(context: Context, node: fx.Node) -> Lowered:
+    """Paired halves without concatenation, other layouts by the definition."""
+    given: dict[str, Any] = arguments(node)
+    operands = [context.value(given[name]) for name in ("x", "cos", "sin")]
+    # In low precision the definition keeps the source's roundings, on which a router's choice may hang.
+    wide = dtype(node) == torch.float32 and all(dtype(given[name]) == torch.float32 for name in ("x", "cos", "sin"))
+    if wide and given["layout"] == "half" and isinstance(given["rotary_dim"], int):
+        return Lowered(full=context.call(rope_half, *operands, given["rotary_dim"]), fresh=True)
+    reference: Callable[..., Any] = ops.OPERATORS[node.target].reference
+    return Lowered(full=context.call(reference, *operands, given["rotary_dim"], given["layout"]), fresh=True)
+
+
+def lower_add_norm(context: Context, node: fx.Node) -> Lowered:
+    """The sum, then the norm of it: on a CPU the sum stays in the cache between the two."""
+    given = arguments(node)
+    operands = [context.value(given[name]) for name in ("x", "residual")]
+    optional = [None if given[name] is None else context.value(given[name]) for name in ("weight", "bias")]
+    options = [given[name] for name in ("eps", "kind", "offset", "cast")]
+    return Lowered(full=context.call(add_norm, *operands, *optional, *options))
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    offset: float,
+    cast: str,
+) -> tuple[Tensor, Tensor]:
+    """``(norm(x + residual), x + residual)``."""
+    total = x + residual
+    if kind == "layer_norm":
+        return torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+    return rms_norm(total, weight, eps, offset, cast), total

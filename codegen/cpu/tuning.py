@@ -1,0 +1,156 @@
+"""Choosing a kernel for a linear layer by measurement, once a shape: never on a serving path.
+
+A record is data: shape and thread count -> kernel. Records are kept for the process, and can be saved with an artifact
+and given back, so that loading measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from regraft.codegen.cpu.context import Emitter
+from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
+
+_SECONDS_PER_SHAPE = 0.2
+_LARGER_THAN_CACHES = 64 << 20  # bytes
+_WORTH_A_COPY = 0.97  # a packed weight must be this much faster than the plain one to be worth its memory
+
+
+@dataclass(frozen=True)
+class TuningRecord:
+    """One decision and what it was measured from: seconds by kernel name."""
+
+    shape: LinearShape
+    threads: int
+    kernel: str
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``tuning.jsonl``."""
+        return {**asdict(self), "shape": {**asdict(self.shape), "dtype": str(self.shape.dtype).split(".")[-1]}}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> TuningRecord:
+        """Inverse of :meth:`to_json`."""
+        shape = {**data["shape"], "dtype": getattr(torch, data["shape"]["dtype"])}
+        return TuningRecord(LinearShape(**shape), int(data["threads"]), str(data["kernel"]), dict(data["seconds"]))
+
+
+class Tuner:
+    """Decides kernels and remembers why.
+
+    In a model every layer's weight is read once a call, from memory rather than from a cache: ``others`` are tensors
+    that are read between measurements, so that each kernel finds its weight as cold as it will be.
+    """
+
+    def __init__(self, others: Sequence[Tensor] = ()) -> None:
+        self._others = list(others)
+        self.records: dict[tuple[LinearShape, int], TuningRecord] = {}
+
+    def remember(self, lines: bytes) -> None:
+        """Take over decisions made before, as ``to_jsonl`` wrote them. Those for kernels that do not run here, or made
+        with another number of threads, are measured again."""
+        for line in lines.splitlines():
+            record = TuningRecord.from_json(json.loads(line))
+            if record.kernel in applicable(record.shape):
+                self.records[(record.shape, record.threads)] = record
+
+    def to_jsonl(self) -> bytes:
+        """All decisions, a line each: an artifact's ``tuning.jsonl``."""
+        return "".join(json.dumps(record.to_json()) + "\n" for record in self.records.values()).encode()
+
+    def choose(self, shape: LinearShape, weight: Tensor) -> str:
+        """The name of the kernel for ``shape``; measured with ``weight`` when it is not known yet."""
+        key = (shape, torch.get_num_threads())
+        if key not in self.records:
+            self.records[key] = self._measure(shape, weight)
+        return self.records[key].kernel
+
+    def reads(self, others: Sequence[Tensor]) -> None:
+        """Name the tensors that are read between measurements: a model's own weights, which cost no memory."""
+        self._others = list(others)
+
+    def _cool(self) -> None:
+        read = 0
+        for tensor in self._others:
+            if read >= _LARGER_THAN_CACHES:
+                return
+            tensor.sum()
+            read += tensor.numel() * tensor.element_size()
+
+    def _measure(self, shape: LinearShape, weight: Tensor) -> TuningRecord:
+        names = applicable(shape)
+        seconds: dict[str, float] = {}
+        if len(names) > 1:
+            candidates = {name: _compiled(name, shape, weight) for name in names}
+            runs = {name: run for name, run in candidates.items() if run is not None}
+            seconds = _interleaved(dict(runs), self._cool)
+            for run in runs.values():
+                run.release()
+        best = min(seconds, key=lambda name: seconds[name]) if seconds else "plain"
+        if "plain" in seconds and seconds[best] > _WORTH_A_COPY * seconds["plain"]:
+            best = "plain"
+        return TuningRecord(shape, torch.get_num_threads(), best, seconds)
+
+
+@dataclass
+class _Candidate:
+    """A kernel with operands to run it on."""
+
+    module: fx.GraphModule
+    operands: list[Tensor]
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            self.module(*self.operands)
+
+    def release(self) -> None:
+        """Let go of the packed weight now: a graph module and its graph hold each other until the next collection,
+        and copies of several shapes would pile up meanwhile."""
+        self.module._buffers.clear()
+
+
+def _compiled(name: str, shape: LinearShape, weight: Tensor) -> _Candidate | None:
+    """The kernel on random operands; None when it cannot run here."""
+    rows = shape.rows or 256
+    graph = fx.Graph()
+    root = torch.nn.Module()
+    wide = torch.randn(rows, shape.out_features, dtype=shape.dtype)
+    given = {
+        "x": torch.randn(rows, shape.in_features, dtype=shape.dtype),
+        "bias": torch.randn(shape.out_features, dtype=shape.dtype) if shape.has_bias else None,
+        "multiplier": wide if shape.has_multiplier else None,
+        "residual": wide if shape.has_residual else None,
+    }
+    nodes = {key: graph.placeholder(key) if value is not None else None for key, value in given.items()}
+    emit = Emitter(root, graph)
+    operands = Operands(weight=weight, activation=shape.activation, rows=shape.rows, hint="w", **nodes)  # type: ignore[arg-type]
+    try:
+        graph.output(KERNELS[name](emit, operands))
+        run = _Candidate(fx.GraphModule(root, graph), [value for value in given.values() if value is not None])
+        run()
+    except RuntimeError:  # oneDNN says so when it has no kernel for a type or shape on this machine
+        return None
+    return run
+
+
+def _interleaved(runs: dict[str, Callable[[], Any]], cool: Callable[[], None]) -> dict[str, float]:
+    """Best seconds of each, called in turn until the time is used up: noise then hits all alike."""
+    best = {name: float("inf") for name in runs}
+    deadline = time.perf_counter() + _SECONDS_PER_SHAPE
+    rounds = 0
+    while rounds < 2 or (rounds < 30 and time.perf_counter() < deadline):
+        for name, run in runs.items():
+            cool()
+            started = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - started)
+        rounds += 1
+    return best

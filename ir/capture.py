@@ -1,0 +1,255 @@
+"""Capture: a model becomes a pure graph, by ``torch.export`` in non-strict mode.
+
+What comes out is a ``Program``: nothing in it mutates, no region is left in it, every node has its fake
+value, weights are
+the model's own tensors. Training behaviour is refused by what the graph does, not by a flag: a dropout that
+drops, a
+batch norm that takes its statistics from the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import TreeSpec, tree_leaves
+
+from regraft.ir.capture_dynamic import check_symbols, dynamic_shapes
+from regraft.ir.capture_error import CaptureError, first_line
+from regraft.ir.capture_regions import complete_values, inline_regions, must_decompose, refuse_left_over
+from regraft.ir.capture_speed import faster_export, resting_collector
+from regraft.ir.nodes import arguments, user_line
+from regraft.ir.program import Program
+
+__all__ = ["CaptureError", "capture", "from_exported", "inline_regions"]
+
+_LOG = logging.getLogger("regraft")
+_ATEN = torch.ops.aten
+#: Operator -> the argument that is true (or positive) only in training.
+_TRAINING_ARGUMENTS = {
+    _ATEN.dropout.default: "train",
+    _ATEN.alpha_dropout.default: "train",
+    _ATEN.feature_dropout.default: "train",
+    _ATEN.feature_alpha_dropout.default: "train",
+    _ATEN.native_dropout.default: "train",
+    _ATEN.rrelu.default: "training",
+    _ATEN.batch_norm.default: "training",
+    _ATEN.scaled_dot_product_attention.default: "dropout_p",
+}
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Any = None,
+) -> Program:
+    """The program of ``model`` at the example inputs ``args`` and ``kwargs``.
+
+    ``model`` is a module, a ``GraphModule`` or an ``ExportedProgram`` (whose own example inputs serve when
+    none are
+    given; it is not changed). ``dynamic`` is None for the example's sizes, True for symbolic ones wherever
+    the model
+    allows, or a ``torch.export`` specification. Raises ``CaptureError``, with torch's exception as its cause.
+    """
+    kwargs = dict(kwargs or {})
+    if isinstance(model, ExportedProgram):
+        return _of_exported(model, args, kwargs, dynamic)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"a {type(model).__name__} was given as the model; give an nn.Module, an ExportedProgram or a GraphModule"
+        )
+    names = _check_call(model, args, kwargs)
+    if isinstance(model, fx.GraphModule):
+        args, kwargs = _by_position(names, args, kwargs)
+    shapes = dynamic_shapes(dynamic, args, kwargs, names)
+    exported = _export(model, args, kwargs, shapes)
+    program = from_exported(exported, [])
+    program.example = flat_inputs(program.in_spec, args, kwargs)
+    check_symbols(program.graph, program.user_inputs(), dynamic)
+    return program
+
+
+def from_exported(exported: ExportedProgram, example: list[Any]) -> Program:
+    """Take over an exported program, in place where that is possible; ``example`` are its flat user
+    inputs."""
+    _refuse_training(exported.graph)  # decomposing splits these operators
+    if must_decompose(exported.graph_module):
+        exported = _decompose(exported)
+    _refuse_unsupported(exported)
+    program = Program.from_exported(exported, example)
+    inline_regions(program.module)
+    refuse_left_over(program.module)
+    complete_values(program.graph, program.fake_mode)
+    return program
+
+
+def flat_inputs(in_spec: TreeSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The leaves of a call in the order of ``in_spec``, whose keyword arguments may stand in another
+    order."""
+    order = in_spec.child(1).context
+    if set(order) != set(kwargs):
+        raise CaptureError(
+            f"the keyword inputs {sorted(kwargs)} were given, and the program was captured with {sorted(order)}"
+        )
+    return tree_leaves((args, {name: kwargs[name] for name in order}))
+
+
+def _of_exported(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Program:
+    if dynamic is not None:
+        raise CaptureError(
+            "dynamic was given with an ExportedProgram, whose sizes are settled; give dynamic_shapes to torch.export"
+        )
+    if not args and not kwargs:
+        if exported.example_inputs is None:
+            raise CaptureError(
+                "the ExportedProgram carries no example inputs; give some, they are what rewrites are checked on"
+            )
+        args, kwargs = exported.example_inputs
+    example = flat_inputs(exported.call_spec.in_spec, args, kwargs)
+    expected = sum(spec.kind == InputKind.USER_INPUT for spec in exported.graph_signature.input_specs)
+    if len(example) != expected:
+        raise CaptureError(
+            f"{len(example)} example inputs were given, and the ExportedProgram takes {expected}; give one for each"
+        )
+    if must_decompose(exported.graph_module):
+        return from_exported(exported, example)  # decomposing makes a new program
+    _refuse_unsupported(exported)
+    copy = Program.from_exported(exported, example).copy()
+    inline_regions(copy.module)
+    refuse_left_over(copy.module)
+    complete_values(copy.graph, copy.fake_mode)
+    _refuse_training(copy.graph)
+    return copy
+
+
+def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Names of the parameters that positional arguments fill; raises when the inputs do not fit
+    ``forward``."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = [*(f"input {place}" for place in range(len(args))), *kwargs]
+        raise CaptureError(
+            f"the example inputs ({', '.join(given) or 'none'}) do not fit "
+            f"{type(model).__name__}.forward{signature}: "
+            f"{error}; give the tensors that you would call the model with"
+        ) from error
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter.name for parameter in signature.parameters.values() if parameter.kind in kinds]
+
+
+def _by_position(
+    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Keyword inputs of a GraphModule in the order of its placeholders: export passes their values on by
+    position."""
+    return args, {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    def export() -> ExportedProgram:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+    try:
+        with _quiet(), faster_export(model):
+            return export()
+    except Exception as error:  # torch.export raises classes of many modules; its own way decides
+        _LOG.debug("the fast export failed: %s", error)
+    try:
+        with _quiet():
+            return export()
+    except Exception as error:
+        raise CaptureError(_why_refused(model, args, kwargs, error)) from error
+
+
+#: What torch prints about an export that fails, before it raises: pages that our one sentence stands for.
+_TALKATIVE = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Loggers of torch rest, and so does the ``print`` by which torch.export shows how far it came."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    names = vars(importlib.import_module("torch.export._trace"))
+    names["print"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        names.pop("print", None)
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def _why_refused(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> str:
+    name = type(model).__name__
+    own = _own_failure(model, args, kwargs)
+    if own is not None:
+        return f"{name} itself fails on the example inputs ({first_line(own)}); give inputs that it accepts"
+    advice = "make its forward traceable, or use torch.compile(model, backend='regraft'), which allows graph breaks"
+    if getattr(getattr(model, "config", None), "use_cache", False) and kwargs.get("use_cache") is not False:
+        advice = "pass use_cache=False, so that it returns no cache object"
+    return f"torch.export refuses {name} ({first_line(error)}); {advice}"
+
+
+def _own_failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, buffers, args, kwargs)
+    except Exception as error:  # a model may raise anything
+        return error
+    return None
+
+
+def _decompose(exported: ExportedProgram) -> ExportedProgram:
+    try:
+        with torch.no_grad(), resting_collector():
+            functional: ExportedProgram = exported.run_decompositions({})
+            return functional
+    except Exception as error:  # as for export
+        raise CaptureError(
+            "the model changes tensors in place in a way that cannot be made "
+            f"functional ({first_line(error)}); write "
+            "that part without in-place operations"
+        ) from error
+
+
+def _refuse_unsupported(exported: ExportedProgram) -> None:
+    for inward in exported.graph_signature.input_specs:
+        if inward.kind in (InputKind.CUSTOM_OBJ, InputKind.TOKEN):
+            raise CaptureError(f"the model holds a script object ({inward.target}), which regraft cannot compile")
+    for outward in exported.graph_signature.output_specs:
+        if outward.kind in (OutputKind.PARAMETER_MUTATION, OutputKind.TOKEN):
+            raise CaptureError(
+                f"the model's forward changes its parameter {outward.target}; make it a buffer, or do not change it"
+            )
+
+
+def _refuse_training(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        argument = _TRAINING_ARGUMENTS.get(node.target)
+        if argument is None:
+            continue
+        where = user_line(node)
+        given = arguments(node)
+        without_statistics = node.target is _ATEN.batch_norm.default and given.get("running_mean") is None
+        if given.get(argument) and not without_statistics:
+            raise CaptureError(
+                f"{node.target} works in training mode{' at ' + where if where else ''}, "
+                "and regraft compiles for "
+                "inference; call model.eval() first"
+            )

@@ -1,0 +1,81 @@
+"""Mask algebra: what the index arithmetic which builds an attention mask means, as a predicate."""
+
+from regraft.ir.mask.evaluate import intervals, to_dense
+from regraft.ir.mask.interpret import Interpreter, interpret
+from regraft.ir.mask.length import KEY_LENGTH, QUERY_LENGTH, Length
+from regraft.ir.mask.predicate import (
+    CAUSAL,
+    EVERYTHING,
+    NOTHING,
+    And,
+    Band,
+    Chunk,
+    Dense,
+    Everything,
+    Keys,
+    Lengths,
+    Not,
+    Nothing,
+    Or,
+    Predicate,
+    Prefix,
+    Rows,
+    Same,
+    band,
+    chunk,
+    prefix,
+)
+from regraft.ir.mask.predicate_text import parse
+from regraft.ir.mask.prove import every_row_nonempty, is_causal, proof_lengths
+from regraft.ir.mask.recognize import (
+    Alibi,
+    Bias,
+    MaskForm,
+    Refusal,
+    TensorBias,
+    recognize_condition,
+    recognize_mask,
+)
+from regraft.ir.mask.simplify import simplify
+
+__all__ = [
+    "CAUSAL",
+    "EVERYTHING",
+    "KEY_LENGTH",
+    "NOTHING",
+    "QUERY_LENGTH",
+    "Alibi",
+    "And",
+    "Band",
+    "Bias",
+    "Chunk",
+    "Dense",
+    "Everything",
+    "Interpreter",
+    "Keys",
+    "Length",
+    "Lengths",
+    "MaskForm",
+    "Not",
+    "Nothing",
+    "Or",
+    "Predicate",
+    "Prefix",
+    "Refusal",
+    "Rows",
+    "Same",
+    "TensorBias",
+    "band",
+    "chunk",
+    "every_row_nonempty",
+    "interpret",
+    "intervals",
+    "is_causal",
+    "parse",
+    "prefix",
+    "proof_lengths",
+    "recognize_condition",
+    "recognize_mask",
+    "simplify",
+    "to_dense",
+]

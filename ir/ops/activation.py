@@ -1,0 +1,70 @@
+"""``regraft::activation``, and activations by name: the words that semantic operators carry as attributes.
+
+An activation that ATen has stays ATen's (``aten.gelu``, ``aten.silu``…); the operator is for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from regraft.ir.nodes import arguments
+from regraft.ir.ops.registry import elementwise, register
+
+aten = torch.ops.aten
+
+#: Name -> function. "none" is the identity.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply the activation called ``activation``; raises ``ValueError`` for a name that is not known."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[activation](x)
+
+
+@torch.library.custom_op("regraft::activation", mutates_args=(), schema="(Tensor x, str activation) -> Tensor")
+def _activation(x: Tensor, activation: str) -> Tensor:
+    out = activate(x, activation)
+    return out.clone() if out is x else out
+
+
+@_activation.register_fake
+def _fake(x: Tensor, activation: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+activation = register("activation", _activation, activate, elementwise(6))
+
+_NAMES = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+}
+
+
+def activation_name(node: Any) -> str | None:
+    """The activation that a canonical node computes, None when it is no activation."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if arguments(node)["approximate"] == "tanh" else "gelu"
+    if node.target is activation:
+        return str(arguments(node)["activation"])
+    return next((name for target, name in _NAMES.items() if node.target is target), None)

@@ -1,0 +1,122 @@
+"""``regraft::attention``: scaled dot-product attention with its mask as a predicate.
+
+``softmax(softcap(scale * q k^T) + bias + slopes * (key - query), masked) v``. The mask is the text of a predicate over
+query and key indices (``ir/mask``), with the tensors that it reads beside it, so that a causal or windowed mask is
+never a tensor. What happens at masked positions is part of the meaning: ``mask_fill`` None removes them (minus
+infinity), a number is what the source wrote there, which matters for rows with no key at all. For such rows with
+``mask_fill`` None, ``empty_rows`` is "nan" (softmax of minus infinities) or "zero" (PyTorch's SDPA).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from regraft.ir.mask import parse, to_dense
+from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.registry import Cost, register, traffic
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    mask: str,
+    mask_fill: float | None,
+    empty_rows: str,
+    softcap: float,
+) -> Tensor:
+    """The definition.
+
+    ``query`` ``[batch, heads, length, head_dim]``, ``key`` ``[batch, kv_heads, keys, head_dim]``, ``value``
+    ``[batch, kv_heads, keys, value_dim]`` with ``heads`` a multiple of ``kv_heads``; ``bias`` broadcasts to
+    ``[batch, heads, length, keys]``; ``slopes`` (ALiBi) and ``sinks`` (a logit that takes weight and gives nothing)
+    are ``[heads]``. Computed in fp32 or wider; the result has ``query``'s element type.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (t.repeat_interleave(groups, dim=1).to(wide) for t in (key, value))
+    scores = query.to(wide) @ keys.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    length, key_length = scores.shape[-2:]
+    if slopes is not None:
+        distance = torch.arange(key_length, device=query.device) - torch.arange(length, device=query.device)[:, None]
+        scores = scores + slopes.to(wide)[:, None, None] * distance
+    allowed = None
+    if mask != "all":
+        batch, heads = query.shape[:2]
+        allowed = to_dense(parse(mask), mask_tensors, batch, heads, length, key_length, query.device)
+        scores = scores.masked_fill(~allowed, -math.inf if mask_fill is None else mask_fill)
+    if sinks is not None:
+        column = sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    if empty_rows == "zero" and allowed is not None and mask_fill is None and sinks is None:
+        weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    return (weights @ values).to(query.dtype)
+
+
+@torch.library.custom_op(
+    "regraft::attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None, "
+    "Tensor? sinks=None, *, float scale, str mask='all', float? mask_fill=None, str empty_rows='nan', "
+    "float softcap=0.0) -> Tensor",
+)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    mask: str = "all",
+    mask_fill: float | None = None,
+    empty_rows: str = "nan",
+    softcap: float = 0.0,
+) -> Tensor:
+    return reference(query, key, value, mask_tensors, bias, slopes, sinks, scale, mask, mask_fill, empty_rows, softcap)
+
+
+@_attention.register_fake
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    mask: str = "all",
+    mask_fill: float | None = None,
+    empty_rows: str = "nan",
+    softcap: float = 0.0,
+) -> Tensor:
+    return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
+
+
+def cost(node: fx.Node) -> Cost:
+    """Two matrix products; a causal mask is counted as dense, because what is skipped depends on the kernel."""
+    given = arguments(node)
+    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
+    keys, value_dim = (concrete(size) for size in given["value"].meta["val"].shape[-2:])
+    return Cost(2.0 * batch * heads * length * keys * (head_dim + value_dim), traffic(node))
+
+
+attention = register("attention", _attention, reference, cost)

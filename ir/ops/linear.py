@@ -1,0 +1,64 @@
+"""``regraft::linear``: a linear layer and its epilogue, ``activation(x @ weight.T + bias) * multiplier + residual``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from regraft.ir.nodes import arguments
+from regraft.ir.ops.activation import activate
+from regraft.ir.ops.registry import Cost, elements, register, traffic
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The definition. ``x`` is ``[..., in]``, ``weight`` ``[out, in]``, ``multiplier`` and ``residual`` have the
+    output's shape ``[..., out]``."""
+    out = activate(torch.nn.functional.linear(x, weight, bias), activation)
+    if multiplier is not None:
+        out = out * multiplier
+    return out if residual is None else out + residual
+
+
+@torch.library.custom_op(
+    "regraft::linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias=None, Tensor? multiplier=None, Tensor? residual=None, "
+    "str activation='none') -> Tensor",
+)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    return reference(x, weight, bias, multiplier, residual, activation)
+
+
+@_linear.register_fake
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+def cost(node: fx.Node) -> Cost:
+    """Two operations for each multiply-add."""
+    weight = arguments(node)["weight"].meta["val"]
+    return Cost(2.0 * elements(node.meta["val"]) * elements(weight) / weight.shape[0], traffic(node))
+
+
+linear = register("linear", _linear, reference, cost)

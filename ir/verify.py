@@ -1,0 +1,167 @@
+"""Checking one rewrite before it takes effect: shapes, element types, and numbers on probe inputs."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from regraft.ir.exactness import REASSOCIATION_TOLERANCE, Exactness
+from regraft.ir.nodes import is_tensor, sizes_equal
+from regraft.ir.probe import Pool, Probe, ProbeError, is_size, vary_inputs
+from regraft.ir.program import Program
+
+_CLOSE_ENOUGH_TO_ORIGINAL = 2.0  # a rewrite may be this much further from fp64 than what it replaces
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a rewrite may stand, why not, and the drift that was measured."""
+
+    accepted: bool
+    reason: str = ""
+    drift: float | None = None
+    drift_fp64: float | None = None
+    original_fp64: float | None = None
+
+
+def relative_l2(value: Tensor, reference: Tensor) -> float:
+    """``||value - reference|| / ||reference||`` in fp64; infinite where one is not finite and the other differs."""
+    if value.shape != reference.shape:
+        return float("inf")
+    if (
+        value.dtype == reference.dtype
+        and value.data_ptr() == reference.data_ptr()
+        and (value.stride() == reference.stride())
+    ):
+        return 0.0
+    if torch.equal(value, reference):
+        return 0.0
+    if not (value.is_floating_point() and reference.is_floating_point()):
+        return 0.0 if torch.equal(value.to(torch.float64), reference.to(torch.float64)) else float("inf")
+    left, right = value.double(), reference.double()
+    odd = ~(torch.isfinite(left) & torch.isfinite(right))
+    if bool(odd.any()):
+        agree = torch.isnan(left) & torch.isnan(right) | (left == right)
+        if not bool(agree[odd].all()):
+            return float("inf")
+        left, right = left.masked_fill(odd, 0.0), right.masked_fill(odd, 0.0)
+    scale = float(right.norm())
+    difference = float((left - right).norm())
+    return difference / scale if scale > 0 else difference
+
+
+def check_shapes(old: fx.Node, new: fx.Node) -> str:
+    """Empty when ``new`` has the shape and element type of ``old``, else what differs."""
+    if is_tensor(old) != is_tensor(new):
+        return f"{new.name} does not stand for the same kind of value as {old.name}"
+    if not is_tensor(old):
+        return ""
+    was, now = old.meta["val"], new.meta["val"]
+    if was.dtype != now.dtype:
+        return f"element type changes from {was.dtype} to {now.dtype}"
+    if not sizes_equal(was.shape, now.shape):
+        return f"shape changes from {list(was.shape)} to {list(now.shape)}"
+    return ""
+
+
+class Verifier:
+    """Checks replacements of one program on its example inputs and on a variation of them.
+
+    Cost is that of the rewritten nodes alone. ``against_fp64`` also measures old and new against an fp64 run.
+    """
+
+    def __init__(self, program: Program, seed: int = 0) -> None:
+        self.program = program
+        self.pool = Pool(seed)
+        self.inputs = [program.example]
+        varied = vary_inputs(program.example, seed)
+        if any(_differs(a, b) for a, b in zip(varied, program.example, strict=True)):
+            self.inputs.append(varied)
+
+    def check(
+        self, pairs: dict[fx.Node, fx.Node], made: list[fx.Node], exactness: Exactness, against_fp64: bool = False
+    ) -> Verdict:
+        """Compare each old node with the new one that is to take its place."""
+        for old, new in pairs.items():
+            reason = check_shapes(old, new)
+            if reason:
+                return Verdict(False, reason)
+        pairs = {old: new for old, new in pairs.items() if is_tensor(old)}
+        frontier = _frontier(pairs, made)
+        worst = Verdict(True, drift=0.0)
+        for inputs in self.inputs[: 2 if self._reads_inputs(frontier, pairs) else 1]:
+            try:
+                verdict = self._compare(pairs, frontier, inputs, exactness, against_fp64)
+            except ProbeError as error:
+                return Verdict(False, f"could not be checked: {error}")
+            if not verdict.accepted:
+                return verdict
+            worst = max(verdict, worst, key=lambda v: v.drift or 0.0)
+        return worst
+
+    def _compare(
+        self,
+        pairs: dict[fx.Node, fx.Node],
+        frontier: list[fx.Node],
+        inputs: list[Any],
+        exactness: Exactness,
+        against_fp64: bool,
+    ) -> Verdict:
+        probe = Probe(self.program, frontier, self.pool, inputs)
+        values = probe.evaluate(itertools.chain(pairs, pairs.values()))
+        old, new = values[: len(pairs)], values[len(pairs) :]
+        drift = max((relative_l2(b, a) for a, b in zip(old, new, strict=True)), default=0.0)
+        tolerance = 0.0 if exactness is Exactness.BITWISE else _tolerance(old)
+        if exactness is Exactness.LOSSY:
+            return Verdict(True, drift=drift)
+        if drift <= tolerance and not against_fp64:
+            return Verdict(True, drift=drift)
+        if exactness is Exactness.BITWISE:
+            return Verdict(False, f"declared bitwise, but changes the result by {drift:.1e}", drift)
+        wide = Probe(self.program, frontier, self.pool, inputs, double=True).evaluate(pairs)
+        new_error = max(relative_l2(b, exact) for b, exact in zip(new, wide, strict=True))
+        old_error = max(relative_l2(a, exact) for a, exact in zip(old, wide, strict=True))
+        accepted = new_error <= max(tolerance, _CLOSE_ENOUGH_TO_ORIGINAL * old_error)
+        reason = "" if accepted else f"relative L2 error {new_error:.1e} against fp64, the original has {old_error:.1e}"
+        return Verdict(accepted, reason, drift, new_error, old_error)
+
+    def _reads_inputs(self, frontier: list[fx.Node], pairs: dict[fx.Node, fx.Node]) -> bool:
+        """Whether the integer inputs of the program can reach the rewrite without passing an activation."""
+        stop = set(frontier)
+        pending, seen = list(pairs) + frontier, set[fx.Node]()
+        users = set(self.program.user_inputs())
+        while pending and len(seen) < 4000:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in users:
+                return True
+            if node not in stop or not _is_activation(node):
+                pending += node.all_input_nodes
+        return False
+
+
+def _frontier(pairs: dict[fx.Node, fx.Node], made: list[fx.Node]) -> list[fx.Node]:
+    """What the new nodes read. Of a tensor whose size alone is read, no value is wanted: it may be interior."""
+    inside = set(made)
+    readers = [node for node in made if not is_size(node)]
+    outer = {source for node in readers for source in node.all_input_nodes if source not in inside}
+    outer |= {new for new in pairs.values() if new not in inside}
+    return sorted(outer)
+
+
+def _is_activation(node: fx.Node) -> bool:
+    return is_tensor(node) and node.meta["val"].is_floating_point() and node.op != "placeholder"
+
+
+def _tolerance(values: list[Any]) -> float:
+    return max((REASSOCIATION_TOLERANCE.get(v.dtype, 0.0) for v in values if isinstance(v, Tensor)), default=0.0)
+
+
+def _differs(left: Any, right: Any) -> bool:
+    return isinstance(left, Tensor) and isinstance(right, Tensor) and not torch.equal(left, right)

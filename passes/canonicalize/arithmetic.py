@@ -1,0 +1,207 @@
+"""Canonical spelling of arithmetic: number operands second, squares as powers, no operation without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from regraft.ir.exactness import Exactness
+from regraft.ir.nodes import Builder, arguments, dtype, is_tensor, rank, shape, sizes_equal
+from regraft.ir.pattern import either, operator
+from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
+from regraft.passes.canonicalize.identity import identity
+
+aten = torch.ops.aten
+
+_TENSOR_FORM: dict[Any, Any] = {
+    aten.add.Scalar: aten.add.Tensor,
+    aten.sub.Scalar: aten.sub.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
+    aten.true_divide.Tensor: aten.div.Tensor,
+    aten.true_divide.Scalar: aten.div.Tensor,
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.divide.Scalar: aten.div.Tensor,
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.multiply.Scalar: aten.mul.Tensor,
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__and__.Scalar: aten.bitwise_and.Scalar,
+    aten.__or__.Scalar: aten.bitwise_or.Scalar,
+}
+
+
+@identity(*_TENSOR_FORM)
+def tensor_form(node: fx.Node, build: Builder) -> fx.Node | None:
+    """The Scalar overloads and the aliases are the Tensor overload."""
+    return build.call(_TENSOR_FORM[node.target], *node.args, **node.kwargs)
+
+
+@identity(aten.mul.Tensor, aten.add.Tensor)
+def number_second(node: fx.Node, build: Builder) -> fx.Node | None:
+    """A number operand of a commutative operator stands second."""
+    left, right = node.args[:2]
+    if is_tensor(left) or not is_tensor(right) or node.kwargs:
+        return None
+    return build.call(node.target, right, left)  # type: ignore[arg-type]
+
+
+@identity(aten.mul.Tensor)
+def square_of_product(node: fx.Node, build: Builder) -> fx.Node | None:
+    """x * x is x ** 2."""
+    left, right = node.args
+    return build.call(aten.pow.Tensor_Scalar, left, 2) if left is right else None
+
+
+@identity(aten.square.default)
+def square_is_power(node: fx.Node, build: Builder) -> fx.Node | None:
+    """square(x) is x ** 2."""
+    return build.call(aten.pow.Tensor_Scalar, node.args[0], 2)
+
+
+@identity(aten.add.Tensor, aten.sub.Tensor)
+def plus_zero(node: fx.Node, build: Builder) -> fx.Node | None:
+    """x + 0 is x."""
+    return _unit(node, 0)
+
+
+@identity(aten.mul.Tensor, aten.div.Tensor)
+def times_one(node: fx.Node, build: Builder) -> fx.Node | None:
+    """x * 1 and x / 1 are x."""
+    return _unit(node, 1)
+
+
+def _unit(node: fx.Node, unit: int) -> fx.Node | None:
+    x, other = node.args[:2]
+    if isinstance(other, (int, float)) and not isinstance(other, bool) and other == unit and is_tensor(x):
+        assert isinstance(x, fx.Node)
+        if dtype(x) == dtype(node) and not (x.op == "placeholder" and any(u.op == "output" for u in node.users)):
+            return x
+    return None
+
+
+@identity(aten.rsub.Tensor)
+def reversed_subtraction(node: fx.Node, build: Builder) -> fx.Node | None:
+    """rsub(x, y) of two tensors is y - x."""
+    given = arguments(node)
+    if given.get("alpha", 1) != 1 or not is_tensor(given["other"]):
+        return None
+    return build.call(aten.sub.Tensor, given["other"], given["self"])
+
+
+@identity(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill_is_where(node: fx.Node, build: Builder) -> fx.Node | None:
+    """masked_fill(x, mask, number) is where(mask, number, x), when it keeps type and shape."""
+    x, mask, number = node.args
+    if isinstance(number, fx.Node):
+        number = _constant_number(number)
+    if not isinstance(number, (int, float)) or not sizes_equal(shape(node), shape(x)):  # type: ignore[arg-type]
+        return None
+    return build.call(aten.where.ScalarSelf, mask, float(number) if dtype(node).is_floating_point else number, x)
+
+
+def _constant_number(node: fx.Node) -> float | int | None:
+    if node.target in (aten.scalar_tensor.default, aten.full.default):
+        return node.args[0] if node.target is aten.scalar_tensor.default else node.args[1]  # type: ignore[return-value]
+    return None
+
+
+_REDUCTIONS = (
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.var.correction,
+    aten.var.dim,
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.concat.default,
+    aten.cumsum.default,
+    aten.log_softmax.int,
+)
+
+
+@identity(*_REDUCTIONS)
+def negative_dim(node: fx.Node, build: Builder) -> fx.Node | None:
+    """Reductions, softmax and cat count their dims from the end."""
+    given = arguments(node)
+    dim = given.get("dim")
+    first = given["tensors"][0] if "tensors" in given else given["self"]
+    size = rank(node) if node.target is aten.stack.default else rank(first)
+    wanted = _from_end(dim, size)
+    target: Any = aten.cat.default if node.target is aten.concat.default else node.target
+    target = aten.softmax.int if target is aten._softmax.default and not given.get("half_to_float") else target
+    if wanted == dim and target is node.target:
+        return None
+    if target is aten.softmax.int:
+        extra = [given["dtype"]] if given.get("dtype") is not None else []
+        return build.call(target, first, wanted, *extra)
+    if "dim" in node.kwargs:
+        return build.call(target, *node.args, **{**node.kwargs, "dim": wanted})
+    return build.call(target, node.args[0], wanted, *node.args[2:], **node.kwargs)
+
+
+def _from_end(dim: Any, size: int) -> Any:
+    if isinstance(dim, (list, tuple)):
+        return [_from_end(item, size) for item in dim]
+    return dim - size if isinstance(dim, int) and dim >= 0 else dim
+
+
+class ConstantOperand(Rule):
+    """A number that comes as a tensor without dims (full, scalar_tensor, a constant of the model) is a number."""
+
+    exactness = Exactness.BITWISE
+    quiet = True
+
+    def pattern(self, x: Any, other: Any) -> Any:
+        return either(*(operator(target)(x, other) for target in _WITH_NUMBERS))
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        constant = _constant_value(match)
+        yield need(constant is not None, "the operand is no constant", at=match.other)
+        yield need(rank(match.x) > 0 and dtype(match.x) == dtype(match.root), "the constant decides the type")
+        match.facts["number"] = constant
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        return build.call(match.root.target, match.x, match.facts["number"])  # type: ignore[arg-type]
+
+
+#: Commutative operators have the constant second by now, or read two tensors.
+_WITH_NUMBERS = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
+
+
+def _constant_value(match: Match) -> float | int | None:
+    node = match.other
+    if rank(node) != 0:
+        return None
+    name = match.weight_name(node)
+    if name is not None:
+        mutable = {*match.program.parameters(), *match.program.mutated().values()}
+        return None if name in mutable else _plain(match.program.weights.get(name).item())
+    number = _constant_number(node)
+    if not isinstance(number, (int, float)):
+        return None
+    return _plain(torch.tensor(number, dtype=dtype(node)).item())  # as rounded to the tensor's own type
+
+
+def _plain(number: Any) -> float | int | None:
+    return number if isinstance(number, (int, float)) and not isinstance(number, bool) else None
+
+
+SPELLINGS = (
+    tensor_form,
+    ConstantOperand(),
+    number_second,
+    square_of_product,
+    square_is_power,
+    plus_zero,
+    times_one,
+    reversed_subtraction,
+    masked_fill_is_where,
+    negative_dim,
+)

@@ -1,0 +1,110 @@
+"""The default order of passes: the one place where it is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from regraft.ir.rule import Rule
+from regraft.passes.base import Pipeline, RulePass
+from regraft.passes.canonicalize.cleanup import DropDeadCode, MergeCommonSubexpressions
+from regraft.passes.canonicalize.pipeline import PASSES as CANONICALIZE
+from regraft.passes.fuse.dead_output import DropUnreadColumns, DropUnreadRows
+from regraft.passes.fuse.fold_constants import FoldConstants
+from regraft.passes.fuse.linear_epilogue import LinearActivation, LinearResidual
+from regraft.passes.fuse.merge_linears import MergeLinears
+from regraft.passes.fuse.residual_norm import FuseResidualNorm
+from regraft.passes.recognize.activation import RecognizeQuickGelu, RecognizeReluSquared, RecognizeSilu
+from regraft.passes.recognize.attention import RecognizeAttention
+from regraft.passes.recognize.count import CountSites
+from regraft.passes.recognize.gelu import RecognizeGelu, RecognizeGeluTanh
+from regraft.passes.recognize.glu import RecognizeGlu, RecognizeTorchGlu
+from regraft.passes.recognize.layer_norm import RecognizeLayerNorm
+from regraft.passes.recognize.moe import RecognizeMoe
+from regraft.passes.recognize.moe_loop import RecognizeMoeLoop
+from regraft.passes.recognize.rms_norm import RecognizeRmsNorm
+from regraft.passes.recognize.rms_norm_call import RecognizeRmsNormCall
+from regraft.passes.recognize.rope import RecognizeRope
+from regraft.passes.recognize.rope_complex import RecognizeRopeComplex
+from regraft.passes.recognize.rope_pairs import RecognizeRopePairs
+from regraft.passes.recognize.sdpa import RecognizeSdpa
+
+
+@dataclass(frozen=True)
+class RecognizeRowwise(RulePass):
+    """Activations, norms and rope written out: later patterns read them as one node."""
+
+    rules: ClassVar[Sequence[Rule]] = (
+        RecognizeSilu(),
+        RecognizeQuickGelu(),
+        RecognizeReluSquared(),
+        RecognizeGelu(),
+        RecognizeGeluTanh(),
+        RecognizeRope(),
+        RecognizeRopePairs(),
+        RecognizeRopeComplex(),
+        RecognizeLayerNorm(),  # before RMSNorm: a centred value's RMS is an RMSNorm too
+        RecognizeRmsNormCall(),
+        RecognizeRmsNorm(),
+    )
+
+
+@dataclass(frozen=True)
+class RecognizeBlocks(RulePass):
+    """Experts, attention and gated linear units."""
+
+    rules: ClassVar[Sequence[Rule]] = (
+        RecognizeMoe(),
+        RecognizeMoeLoop(),
+        RecognizeAttention(),
+        RecognizeSdpa(),
+        RecognizeTorchGlu(),
+        RecognizeGlu(),
+    )
+
+
+@dataclass(frozen=True)
+class DropUnread(RulePass):
+    """Rows and columns of linear layers that nobody reads."""
+
+    rules: ClassVar[Sequence[Rule]] = (DropUnreadRows(), DropUnreadColumns())
+
+
+@dataclass(frozen=True)
+class FuseLinears(RulePass):
+    """Linear layers of one input merged, epilogues joined to the layer before them."""
+
+    rules: ClassVar[Sequence[Rule]] = (LinearActivation(), LinearResidual(), MergeLinears())
+
+
+@dataclass(frozen=True)
+class FuseLinearsOnCpu(RulePass):
+    """The same for a CPU, where a merged gate and up projection was measured to lose."""
+
+    rules: ClassVar[Sequence[Rule]] = (LinearActivation(), LinearResidual(), MergeLinears(merge_gates=False))
+
+
+@dataclass(frozen=True)
+class FuseNorms(RulePass):
+    """Residual sums that no linear layer took, with the norm that follows."""
+
+    rules: ClassVar[Sequence[Rule]] = (FuseResidualNorm(),)
+
+
+def default_pipeline(target: str = "cpu") -> Pipeline:
+    """Exact passes, in order, for ``target``."""
+    return Pipeline(
+        (
+            *CANONICALIZE,
+            RecognizeRowwise(),
+            RecognizeBlocks(),
+            CountSites(),
+            MergeCommonSubexpressions(),
+            DropUnread(),
+            FuseLinearsOnCpu() if target.startswith("cpu") else FuseLinears(),
+            FuseNorms(),
+            FoldConstants(),
+            DropDeadCode(),
+        )
+    )

@@ -1,0 +1,126 @@
+"""Recognise attention written out: ``softmax(scale * q @ k.T, masked) @ v`` becomes one attention operator."""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from regraft.ir.nodes import Builder, shape, size_equal
+from regraft.ir.pattern import (
+    Operator,
+    add,
+    anything,
+    cat,
+    chain,
+    div,
+    either,
+    matmul,
+    mul,
+    reshape,
+    scalar,
+    slice_,
+    softmax,
+    sub,
+    tanh,
+    to_dtype,
+    variable,
+    where,
+)
+from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
+from regraft.passes.recognize import attention_examples as shown
+from regraft.passes.recognize.heads import Heads, build_attention, read_heads
+from regraft.passes.recognize.scores import Masks, Refused, Scores, read_masks, read_scores
+
+aten = torch.ops.aten
+where_other = Operator((aten.where.ScalarOther,))
+where_self = Operator((aten.where.ScalarSelf,))
+row_maximum = Operator((aten.max.dim,))
+first_of = Operator((python_operator.getitem,))
+amax = Operator((aten.amax.default,))
+
+
+def _softcapped(scores: Any) -> Any:
+    inside = either(div(scores, scalar("cap")), mul(scores, scalar("inverse")))
+    return mul(tanh(inside), scalar("outer"))
+
+
+def _minus_maximum(scores: Any) -> Any:
+    return sub(scores, either(first_of(row_maximum(scores, -1, True), 0), amax(scores, [-1], True)))
+
+
+class RecognizeAttention(Rule):
+    """softmax(scale * (q @ k.T) + mask) @ v, with scale, mask, softcap and sinks in any of their spellings."""
+
+    recognizes = "attention"
+    landmark = "weights"
+    examples = shown.ATTENTION
+    near_misses = shown.ATTENTION_NEAR_MISSES
+
+    def pattern(self, query: Any, key_transposed: Any, value: Any) -> Any:
+        scores = chain(
+            matmul(query, key_transposed).named("product"),
+            "before",
+            scale=lambda s: mul(s, scalar("factor")),
+            divide=lambda s: div(s, scalar("divisor")),
+            softcap=_softcapped,
+            add=lambda s: add(s, variable("addend")),
+            where_other=lambda s: where_other(variable("condition"), s, scalar("fill")),
+            where_self=lambda s: where_self(variable("condition"), scalar("fill"), s),
+            where_tensor=lambda s: where(variable("condition"), s, variable("fill")),
+            minus_maximum=_minus_maximum,
+            sinks=lambda s: cat([s, variable("column")], -1),
+            cast=lambda s: to_dtype(s, anything()),
+            reshape=lambda s: reshape(s, anything()),
+        )
+        weights = chain(
+            softmax(scores, scalar("axis"), anything("softmax_dtype")).named("weights"),
+            "after",
+            cast=lambda w: to_dtype(w, anything()),
+            drop_sinks=lambda w: slice_(w, -1, 0, scalar("kept")),
+            reshape=lambda w: reshape(w, anything()),
+        )
+        return matmul(weights, value)
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        yield need(match.axis == -1, f"softmax runs over dim {match.axis}, not over the keys", at=match.weights)
+        outside = _read_outside(match)
+        yield need(outside is None, "attention weights are used outside the attention", at=outside)
+        try:
+            match.facts["site"] = _read(match)
+        except Refused as refused:
+            yield need(False, refused.reason, at=refused.node)
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        heads, scores, masks = match.facts["site"]
+        return build_attention(build, match.root, heads, scores, masks, empty_rows="nan")
+
+
+def _read(match: Match) -> tuple[Heads, Scores, Masks]:
+    scores = read_scores(match.product, match.steps("before"))
+    _check_sinks(match, scores)
+    heads = read_heads(match.query, match.key_transposed, match.value, scores, match.root)
+    key_length = shape(match.product)[-1]
+    masks = read_masks(match.program, scores, shape(match.product)[-2], key_length)
+    return heads, scores, masks
+
+
+def _check_sinks(match: Match, scores: Scores) -> None:
+    dropped = [step for step in match.steps("after") if step.label == "drop_sinks"]
+    keys = shape(match.product)[-1]
+    if bool(dropped) != (scores.sinks is not None) or any(not size_equal(s["kept"], keys) for s in dropped):
+        raise Refused("columns of the attention weights are dropped or added", match.weights)
+
+
+def _read_outside(match: Match) -> fx.Node | None:
+    """An interior node whose value is read outside the match: scores and weights would be computed twice."""
+    inside = set(match.nodes)
+    for node in match.nodes[1:]:
+        if any(user not in inside and user.users for user in node.users):
+            return node
+        if any(user.op == "output" for user in node.users):
+            return node
+    return None

@@ -1,0 +1,83 @@
+"""Examples and near misses of the attention rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regraft.ir.rule import Example
+
+_SCALE = 1 / math.sqrt(8)
+
+
+def _heads(function: Callable[..., Any], kv_heads: int = 4) -> Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """The function, and query, key and value ``[2, heads, 5, 8]``."""
+
+    def make() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        generator = torch.Generator().manual_seed(0)
+        return function, tuple(torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, kv_heads, kv_heads))
+
+    return make
+
+
+def _seen(query: Tensor, key: Tensor) -> Tensor:
+    return torch.arange(key.shape[-2])[None] <= torch.arange(query.shape[-2])[:, None]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = (query @ key.mT * _SCALE).masked_fill(~_seen(query, key), -math.inf)
+    return scores.softmax(-1) @ value
+
+
+def _softcapped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (20 * (query @ key.mT * _SCALE / 20).tanh()).softmax(-1) @ value
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    keys, values = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    weights = (query @ keys.mT / math.sqrt(8)).softmax(-1, torch.float32)
+    return weights.to(query.dtype) @ values
+
+
+def _weights_returned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    weights = (query @ key.mT).softmax(-1)
+    return weights @ value, weights
+
+
+ATTENTION = (
+    Example("causal, by masked_fill", _heads(_causal)),
+    Example("softcap", _heads(_softcapped)),
+    Example("grouped queries, softmax in fp32", _heads(_grouped, kv_heads=2)),
+)
+ATTENTION_NEAR_MISSES = (
+    Example(
+        "softmax over the queries",
+        _heads(lambda q, k, v: (q @ k.mT).softmax(-2) @ v),
+        "softmax runs over dim -2, not over the keys",
+    ),
+    Example("the weights are returned", _heads(_weights_returned), "attention weights are used outside the attention"),
+    Example(
+        "scaled after the softcap",
+        _heads(lambda q, k, v: (20 * (q @ k.mT / 20).tanh() * 3).softmax(-1) @ v),
+        "the scores are scaled after the softcap",
+    ),
+)
+SDPA = (
+    Example("plain", _heads(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))),
+    Example("causal", _heads(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))),
+    Example(
+        "grouped queries", _heads(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), kv_heads=2)
+    ),
+)
+SDPA_NEAR_MISSES = (
+    Example(
+        "five dims",
+        _heads(lambda q, k, v: F.scaled_dot_product_attention(*(x[None].expand(3, *x.shape) for x in (q, k, v)))),
+        "the query has neither 3 nor 4 dims",
+    ),
+)

@@ -1,0 +1,44 @@
+"""regraft: a graph-rewriting compiler for PyTorch inference.
+
+Names are imported when first used: torch is slow to load.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regraft.api import compile, load
+    from regraft.compiled import CompiledModule
+    from regraft.errors import (
+        ArtifactError,
+        CaptureError,
+        InputError,
+        OptionError,
+        RegraftError,
+        SourceError,
+        TargetError,
+    )
+
+__version__ = "0.1.0"
+_HOME = {"compile": "api", "load": "api", "CompiledModule": "compiled"}
+__all__ = [
+    "ArtifactError",
+    "CaptureError",
+    "CompiledModule",
+    "InputError",
+    "OptionError",
+    "RegraftError",
+    "SourceError",
+    "TargetError",
+    "__version__",
+    "compile",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+    return getattr(import_module(f"regraft.{_HOME.get(name, 'errors')}"), name)

@@ -1,0 +1,175 @@
+"""``compile`` and ``load``: options are checked here, the work is done elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from regraft.build import Entry, Toolchain
+from regraft.compiled import CompiledModule, Options
+from regraft.errors import CaptureError, OptionError, TargetError
+from regraft.ir.driver import Session
+from regraft.ir.records import Log
+
+TARGETS = (
+    "cpu",
+    "cuda",
+    "cuda:sm_80",
+    "cuda:sm_86",
+    "cuda:sm_89",
+    "cuda:sm_90",
+    "cuda:sm_100",
+    "cuda:sm_120",
+)
+VERIFY = ("each", "final", "off")
+
+
+def compile(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str | None = None,
+    dynamic: Any = None,
+    budget: Any = None,
+    calibration: Any = None,
+    verify: str = "each",
+    experts: Any = None,
+    free_original: bool = False,
+    toolchain: Toolchain | None = None,
+) -> CompiledModule:
+    """Compile ``model`` for inference; the result is called as the model is and returns the same structure.
+
+    ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of keyword inputs (a model whose
+    only input is a
+    dict takes ``(that_dict,)``); ``kwargs`` adds keyword inputs to positional ones. Without any, the first
+    call
+    compiles. ``dynamic``: None for the example's shapes (a new shape is compiled when it comes, a bounded
+    number
+    of times), True for symbolic sizes wherever the model allows, or a ``torch.export`` specification.
+    ``verify``: "each"
+    rewrite and the final output are compared with the original's, "final" only the latter, "off" neither.
+    ``free_original`` empties the model after compiling: its weights live on only in compiled code.
+    ``toolchain`` replaces the passes and the lowering.
+
+    Raises ``CaptureError`` (inputs that do not fit, a model that export refuses, training mode),
+    ``TargetError``
+    and ``OptionError``.
+    """
+    _check_options(budget=budget, calibration=calibration, experts=experts)
+    if verify not in VERIFY:
+        raise OptionError(f"verify={verify!r} was given; choose one of {', '.join(map(repr, VERIFY))}")
+    if isinstance(dynamic, (str, int, float)) and not isinstance(dynamic, bool):
+        raise OptionError(
+            f"dynamic={dynamic!r} was given; give None, True, or a specification as torch.export takes it"
+        )
+    if isinstance(model, CompiledModule):
+        raise CaptureError("the model is compiled already; compile the original, it is in its attribute `original`")
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        raise CaptureError(
+            f"a {type(model).__name__} was given as the model; give an nn.Module, an ExportedProgram or a GraphModule"
+        )
+    if isinstance(model, nn.Module) and model.training and not isinstance(model, torch.fx.GraphModule):
+        raise CaptureError(
+            f"{type(model).__name__} is in training mode, and regraft compiles for inference; call model.eval() first"
+        )
+    inputs = call_inputs(example_inputs, kwargs)
+    options = Options(target=_target(model, target), dynamic=dynamic, verify=verify, toolchain=toolchain or Toolchain())
+    compiled = CompiledModule(model, options, _report(type(model).__name__, options.target))
+    if inputs is None and isinstance(model, ExportedProgram) and model.example_inputs is not None:
+        inputs = model.example_inputs[0], dict(model.example_inputs[1])
+    if inputs is not None:
+        compiled.prepare(*inputs)
+    if free_original:
+        compiled.free_original()
+    return compiled
+
+
+def load(path: str | os.PathLike[str], *, trust_kernels: bool = False) -> CompiledModule:
+    """Load an artifact: lowered for this machine, not captured or rewritten again. Raises
+    ``ArtifactError``."""
+    from regraft.artifact import load as read
+    from regraft.report.model import Report
+
+    loaded = read(path, trust_kernels=trust_kernels)
+    report = Report.from_json(loaded.report) if loaded.report else _report(Path(path).name, "cpu")
+    options = Options(target=_check_target(loaded.manifest.targets[0] if loaded.manifest.targets else "cpu"))
+    session = Session(log=Log(), verify="off", tuning=loaded.members.get("tuning.jsonl", b""))
+    executable = options.toolchain.lower(loaded.program, session)
+    compiled = CompiledModule(None, options, report)
+    compiled.install(Entry(loaded.program, executable))
+    return compiled
+
+
+def call_inputs(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Positional and keyword inputs from what ``compile`` was given; None when nothing was."""
+    named = dict(kwargs or {})
+    if example_inputs is None:
+        return ((), named) if kwargs is not None else None
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), named
+    if isinstance(example_inputs, Mapping):
+        return (), {**example_inputs, **named}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), named
+    raise CaptureError(
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, "
+        "a tuple of positional inputs or a dict of "
+        "keyword inputs"
+    )
+
+
+def _check_options(**options: Any) -> None:
+    reasons = {
+        "budget": "lossy rewrites are not part of this version",
+        "calibration": "lossy rewrites are not part of this version",
+        "experts": "expert placement is not part of this version",
+    }
+    for name, value in options.items():
+        if value is not None:
+            raise OptionError(f"{name} was given, but {reasons[name]}; leave it out to get the exact rewrites")
+
+
+def _target(model: nn.Module | ExportedProgram, target: str | None) -> str:
+    tensors = model.state_dict.values() if isinstance(model, ExportedProgram) else _weights(model)
+    devices = {tensor.device for tensor in tensors}
+    if any(device.type == "meta" for device in devices):
+        raise CaptureError("the model's weights are on the meta device, without values; load its weights first")
+    if len(devices) > 1:
+        raise CaptureError(
+            f"the model's weights are on several devices ({', '.join(sorted(map(str, devices)))}); move it to one"
+        )
+    device = next(iter(devices)).type if devices else "cpu"
+    chosen = _check_target(target if target is not None else device)
+    if devices and chosen.partition(":")[0] != device:
+        raise TargetError(
+            f"the target is {chosen!r}, and the model's weights are on {device}; move the model with "
+            f"model.to({chosen.partition(':')[0]!r}), or leave target out"
+        )
+    return chosen
+
+
+def _check_target(target: str) -> str:
+    if target not in TARGETS:
+        raise TargetError(f"there is no target {target!r}; the targets are {', '.join(TARGETS)}")
+    if target != "cpu":
+        raise TargetError(
+            f"the target {target!r} has no lowering in this version; use target='cpu' with a model on the CPU"
+        )
+    return target
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _report(model: str, target: str) -> Any:
+    from regraft.report.model import Report
+
+    return Report(model=model, target=target)

@@ -1,0 +1,198 @@
+"""From a captured program to something that runs: passes, lowering, and the comparison with the original
+model."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from regraft.guard import SymbolicGuard, leaf_order
+from regraft.ir.driver import Session
+from regraft.ir.program import Program
+from regraft.ir.records import Log
+from regraft.ir.verify import relative_l2
+
+#: Largest relative L2 error of a compiled model's outputs against the original's, by the outputs' element
+#: type.
+END_TO_END_TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 5e-2,
+}
+
+Executable = Callable[..., Sequence[Any]]
+
+
+class Passes(Protocol):
+    """What a pipeline is to the face: it rewrites a program in place and returns seconds by pass."""
+
+    def run(self, program: Program, session: Session) -> dict[str, float]:
+        """Rewrite ``program``."""
+        ...
+
+
+def _default_pipeline(target: str) -> Passes:
+    from regraft.passes.pipeline import default_pipeline
+
+    return default_pipeline(target)
+
+
+def _default_lower(program: Program, session: Session) -> Executable:
+    from regraft.codegen.cpu.lower import lower
+    from regraft.codegen.cpu.tuning import Tuner
+
+    tuner = Tuner()
+    tuner.remember(session.tuning)
+    return lower(program, tuner)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The two steps behind capture. ``pipeline(target)`` gives the passes; ``lower(program, session)``
+    gives a function of
+    the flat user inputs that returns the program's flat outputs, mutated buffers first. That function reads
+    buffers
+    that the program mutates from their own memory at each call."""
+
+    pipeline: Callable[[str], Passes] = _default_pipeline
+    lower: Callable[[Program, Session], Executable] = _default_lower
+
+
+class Entry:
+    """Code for one set of input shapes: takes the leaves of a call, returns the user's output structure.
+
+    Buffers and inputs that the model mutates are written back after each run.
+    """
+
+    def __init__(self, program: Program, executable: Executable) -> None:
+        self.program = program
+        self.executable = executable
+        self.structure, order = leaf_order(program.in_spec)
+        self.guard = SymbolicGuard(program)
+        self.symbolic = self.guard.symbolic
+        self.used = 0
+        self._order = order if order != list(range(len(order))) else None
+        self._written: list[tuple[int, Tensor]] = []
+        self._inputs_written: list[tuple[int, int]] = []
+        self._picked: list[tuple[int, Any]] = []
+        self._out_spec = program.out_spec
+        self._read_outputs(program)
+
+    @property
+    def mutated(self) -> list[Tensor]:
+        """The buffers that runs write to."""
+        return [buffer for _, buffer in self._written]
+
+    @property
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword inputs of the kind that the code was built for."""
+        args, kwargs = tree_unflatten(self.program.example, self.program.in_spec)
+        return tuple(args), dict(kwargs)
+
+    def ordered(self, leaves: list[Any]) -> list[Any]:
+        """The leaves of a call in the program's order."""
+        return leaves if self._order is None else [leaves[place] for place in self._order]
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        leaves = self.ordered(leaves)
+        with torch.no_grad():
+            outputs = self.executable(*leaves)
+            for position, buffer in self._written:
+                buffer.copy_(outputs[position])
+            for position, place in self._inputs_written:
+                leaves[place].copy_(outputs[position])
+        kept = [constant if position < 0 else outputs[position] for position, constant in self._picked]
+        return tree_unflatten(kept, self._out_spec)
+
+    def _read_outputs(self, program: Program) -> None:
+        places = {node.name: place for place, node in enumerate(program.user_inputs())}
+        for position, spec in enumerate(program.signature.output_specs):
+            if spec.kind == OutputKind.BUFFER_MUTATION and spec.target is not None:
+                self._written.append((position, program.weights.originals[spec.target]))
+            elif spec.kind == OutputKind.USER_INPUT_MUTATION and spec.target is not None:
+                self._inputs_written.append((position, places[spec.target]))
+            elif isinstance(spec.arg, ConstantArgument):
+                self._picked.append((-1, spec.arg.value))
+            else:
+                self._picked.append((position, None))
+
+
+@dataclass
+class Build:
+    """One compilation on its way: what was done, how long it took, what came out.
+
+    ``before`` is a copy of the captured program (its graph; tensors are shared). ``drift`` is the relative
+    L2 error
+    against the original on the example inputs, None when that was not asked for.
+    """
+
+    entry: Entry
+    before: Program
+    log: Log
+    phases: dict[str, float] = field(default_factory=dict)
+    drift: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the drift keeps the tolerance (NaN does not)."""
+        return self.drift is None or self.tolerance is None or self.drift <= self.tolerance
+
+
+def build(program: Program, target: str, verify: str, toolchain: Toolchain, reference: Callable[[], Any]) -> Build:
+    """Rewrite and lower ``program``, in place; ``reference()`` is the original's output on the example
+    inputs.
+
+    Raises whatever a pass or the lowering raises.
+    """
+    session = Session(verify=verify)
+    before = program.copy()
+    phases = dict(toolchain.pipeline(target).run(program, session))
+    started = time.perf_counter()
+    executable = toolchain.lower(program, session)
+    phases["lowering"] = time.perf_counter() - started
+    result = Build(Entry(program, executable), before, session.log, phases)
+    if verify != "off":
+        started = time.perf_counter()
+        result.drift, result.tolerance = _compare(program, executable, reference())
+        phases["verification"] = time.perf_counter() - started
+    return result
+
+
+def _compare(program: Program, executable: Executable, expected: Any) -> tuple[float, float]:
+    with torch.no_grad():
+        inputs = copy.copy(program.example)
+        outputs = program.user_outputs(executable(*inputs))
+    wanted, given = tree_leaves(expected), tree_leaves(outputs)
+    if len(wanted) != len(given):
+        return float("inf"), 0.0
+    drift, tolerance = 0.0, 0.0
+    for left, right in zip(given, wanted, strict=True):
+        if isinstance(right, Tensor) and isinstance(left, Tensor):
+            drift = max(drift, relative_l2(left, right)) if left.dtype == right.dtype else float("inf")
+            tolerance = max(tolerance, END_TO_END_TOLERANCE.get(right.dtype, 0.0))
+        elif not (left is right or left == right):
+            return float("inf"), tolerance
+    return drift, tolerance
+
+
+def output_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The model's own output; its buffers, the inputs and the state of the random generator stay as they
+    are."""
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        copied_args, copied_kwargs = _copied((args, dict(kwargs)))
+        return torch.func.functional_call(model, buffers, copied_args, copied_kwargs)
+
+
+def _copied(inputs: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)

@@ -1,0 +1,77 @@
+"""``regraft optimize``: compile a model into an artifact."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regraft.cli import toolbox
+from regraft.cli.common import (
+    InputsOption,
+    JsonOption,
+    ModelArgument,
+    Refused,
+    TargetOption,
+    check_output,
+    emit,
+    guard,
+    progress,
+)
+from regraft.report import units
+from regraft.report.files import replacing
+
+
+class Verify(StrEnum):
+    """When numbers are checked."""
+
+    EACH = "each"
+    FINAL = "final"
+    OFF = "off"
+
+
+def optimize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.regraft", help="The artifact to write.")],
+    target: TargetOption = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write the report as one HTML page.")] = None,
+    verify: Annotated[
+        Verify, typer.Option("--verify", help="Check numbers after each rewrite, at the end, or not.")
+    ] = Verify.EACH,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Keep every size that can be symbolic so.")] = False,
+    inputs: InputsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile MODEL, check it, and write the artifact."""
+    with guard():
+        check_output(output, html)
+        with progress(f"compiling {model}", as_json):
+            source = toolbox.resolve(model, inputs)
+            fast = toolbox.compile_model(source, target=target, dynamic=True if dynamic else None, verify=verify.value)
+        report = fast.report
+        report.model = report.model or model
+        if html is not None:
+            report.save_html(html)
+        if not report.within_tolerance:
+            raise Refused(
+                f"the compiled model is out of tolerance (relative L2 error "
+                f"{units.drift(report.end_to_end_drift)}, allowed {units.drift(report.tolerance)}), "
+                f"so {output} was not written; find the rewrite with: regraft bisect {model}"
+            )
+        if not fast.entries:
+            reasons = "; ".join(event.reason for event in report.events) or "no reason was recorded"
+            raise Refused(f"{model} was not compiled, so {output} was not written: {reasons}")
+        with replacing(output) as temporary, progress(f"writing {output}", as_json):
+            fast.save(temporary)
+        emit(as_json, lambda: _data(output, html, report), lambda: _text(output, html, report))
+
+
+def _data(output: Path, html: Path | None, report: Any) -> dict[str, Any]:
+    return {"artifact": str(output), "html": None if html is None else str(html), "report": report.to_json()}
+
+
+def _text(output: Path, html: Path | None, report: Any) -> str:
+    written = [f"wrote {output}", *([f"wrote {html}"] if html is not None else [])]
+    return f"{report.summary()}\n" + "\n".join(written)

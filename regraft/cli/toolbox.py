@@ -1,0 +1,98 @@
+"""What commands call of the rest of regraft. Imports happen inside, because they bring torch with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.cli.common import UsageFault, as_usage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from regraft.build import Passes
+    from regraft.ir.device import Device
+    from regraft.ir.program import Program
+    from regraft.report import Report
+    from regraft.sources import Source
+
+
+def resolve(text: str, inputs: Path | None = None) -> Source:
+    """The model that ``text`` names, with example inputs; those of the file ``inputs`` take their place."""
+    from regraft.sources import resolve as find
+
+    return find(text, inputs)
+
+
+def read_inputs(path: Path) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional and keyword arguments from a safetensors file."""
+    from regraft.sources import read_inputs as read
+
+    return read(path)
+
+
+def capture(source: Source, dynamic: Any = None) -> Program:
+    """The program of a source, not yet rewritten."""
+    from regraft.ir.capture import capture as export
+
+    return export(source.model, source.args, source.kwargs, dynamic=dynamic)
+
+
+def compile_model(source: Source, **options: Any) -> Any:
+    """``regraft.compile`` on a source."""
+    import regraft
+
+    if not source.args and not source.kwargs:  # an ExportedProgram carries its own; a forward may take none
+        return regraft.compile(source.model, None if _is_exported(source.model) else (), **options)
+    return regraft.compile(source.model, source.args, source.kwargs, **options)
+
+
+def _is_exported(model: Any) -> bool:
+    from torch.export import ExportedProgram
+
+    return isinstance(model, ExportedProgram)
+
+
+def load(path: Path) -> Any:
+    """``regraft.load`` with failures as wrong usage."""
+    import regraft
+
+    with as_usage():
+        return regraft.load(path)
+
+
+def pipeline(target: str | None) -> Passes:
+    """The default order of passes for a target; raises ``UsageFault`` for a target that is not known."""
+    from regraft.build import Toolchain
+
+    device(target)
+    return Toolchain().pipeline(target or "cpu")
+
+
+def device(target: str | None) -> Device:
+    """The device that a target means; raises ``UsageFault`` for a target that is not known."""
+    from regraft.ir.device import find_device
+
+    try:
+        return find_device(target or "cpu")
+    except ValueError as error:
+        raise UsageFault(str(error)) from error
+
+
+def profile(model: str, target: str | None, inputs: Path | None, runs: int) -> Report:
+    """The report of a model or artifact with the measured time of every operator."""
+    from regraft.profiling import profile_artifact, profile_program
+
+    place = device(target)
+    if model.endswith(".regraft"):
+        if inputs is not None:
+            raise UsageFault(
+                f"--inputs was given with the artifact {model}, which is profiled on the inputs that it holds"
+            )
+        with as_usage():
+            from regraft.artifact import load as read
+
+            loaded = read(model)
+        return profile_artifact(loaded, place, runs)
+    passes = pipeline(target)
+    return profile_program(capture(resolve(model, inputs)), passes, place, runs)

@@ -1,0 +1,397 @@
+"""The compiled model: the original's signature, code for the shapes it was built for, and the original for
+the rest."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from regraft.build import Build, Entry, Toolchain, build, output_of
+from regraft.errors import ArtifactError, CaptureError, InputError
+from regraft.guard import UnsupportedInput, describe, describe_call, flatten_call, key_of
+from regraft.ir.capture import capture
+from regraft.ir.capture_error import first_line
+from regraft.watch import WeightWatch
+
+if TYPE_CHECKING:
+    from regraft.report.model import Report
+
+_LOG = logging.getLogger("regraft")
+_RETURNS_BEFORE_EVICTION = 16  # a shape beyond the limit that keeps coming is worth another capture
+_KEYS_REMEMBERED = 4096
+_EVENTS_REMEMBERED = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is compiled; see ``regraft.compile``. ``maximum_entries`` bounds the captures that are
+    kept."""
+
+    target: str = "cpu"
+    dynamic: Any = None
+    verify: str = "each"
+    maximum_entries: int = 8
+    toolchain: Toolchain = field(default_factory=Toolchain)
+
+
+class CompiledModule(nn.Module):
+    """A model compiled for inference; call it as you would call the model.
+
+    It is an ``nn.Module``, so that it can stand in a larger one. It has no weights of its own:
+    ``parameters``,
+    ``state_dict``, ``to`` and unknown attributes (``config``…) are the original's. Outputs carry no gradient.
+
+    A call whose structure, shapes, element types, devices and scalars were seen before runs compiled code.
+    Another one is
+    captured, up to ``maximum_entries``; beyond that the original runs, until a shape has come back often
+    enough to take
+    the place of the least recently used. The original also runs in training mode, under autocast, when an
+    input wants a
+    gradient, and for what cannot be captured. Each of these is logged once (logger "regraft") and is an
+    event in
+    ``report``. Weights that changed since compilation lead to a new compilation. Without the original
+    (loaded, or freed)
+    such calls raise ``InputError``.
+    """
+
+    def __init__(self, model: nn.Module | ExportedProgram | None, options: Options, report: Report) -> None:
+        super().__init__()
+        exported = isinstance(model, ExportedProgram)
+        self.training = False
+        self.__dict__["_source"] = model  # not registered: neither is a part of this module
+        self.__dict__["_original"] = model.module() if isinstance(model, ExportedProgram) else model
+        self._recapture = model is not None and not exported
+        self._freed = False
+        self._options = options
+        self._report = report
+        self._latest: Build | None = None
+        self._device = options.target.partition(":")[0]
+        self._lock = threading.RLock()
+        self._clock = itertools.count(1)
+        self._watch: WeightWatch | None = None
+        self._forget()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output; raises ``InputError`` where the original would have to run and is not there."""
+        reason = self._state_reason()
+        if reason:
+            return self._run_original(reason, args, kwargs)
+        try:
+            structure, leaves = flatten_call(args, kwargs)
+        except UnsupportedInput as error:
+            return self._run_original(str(error), args, kwargs)
+        if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            return self._run_original("an input requires a gradient, and compiled code gives none", args, kwargs)
+        changed = self._watch.changed() if self._watch is not None else ""
+        if changed:
+            self._weights_changed(changed)
+        key = key_of(structure, leaves)
+        entry = self._seen.get(key)
+        if entry is None:
+            found = self._find(key, structure, leaves, args, kwargs)
+            if isinstance(found, str):
+                return self._run_original(found, args, kwargs)
+            entry = found
+        entry.used = next(self._clock)
+        return entry(leaves)
+
+    @property
+    def report(self) -> Report:
+        """What fired, what was refused, and what happened since; that of the latest compilation."""
+        self._fill_operators()
+        return self._report
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The model that was compiled; None for one that was loaded."""
+        model: nn.Module | None = self.__dict__["_original"]
+        return model
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The compiled code that is held, one entry a capture."""
+        return list(self._entries)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture and compile for these inputs now; raises ``CaptureError`` when that cannot be done."""
+        try:
+            structure, leaves = flatten_call(args, kwargs)
+        except UnsupportedInput as error:
+            raise CaptureError(f"{error}; give such inputs instead") from error
+        with self._lock:
+            self._compile(key_of(structure, leaves), args, dict(sorted(kwargs.items())), self._options.dynamic)
+
+    def install(self, entry: Entry) -> None:
+        """Take over an entry that was compiled elsewhere (an artifact's)."""
+        self._entries.append(entry)
+
+    def free_original(self) -> None:
+        """Let go of the original's weights: compiled code holds what it needs. The original can no longer
+        run, nothing
+        can be recaptured, and ``save`` is no longer possible."""
+        if self.original is None or self._freed:
+            return
+        if not self._entries:
+            raise InputError(
+                "free_original needs compiled code, and nothing is compiled yet; give example inputs to compile()"
+            )
+        kept = {id(buffer) for entry in self._entries for buffer in entry.mutated}
+        for part in self.original.modules():
+            both: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for held in both:
+                for name, value in held.items():
+                    if value is not None and id(value) not in kept:
+                        held[name] = _empty_like(value)
+        for entry in self._entries:
+            stored = entry.program.weights.originals
+            entry.program.weights.originals = {n: t for n, t in stored.items() if id(t) in kept}
+        self._latest, self._watch = None, None
+        self._captured.clear()
+        self.__dict__["_source"] = None
+        self._freed, self._recapture = True, False
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the most recently used entry as an artifact; raises ``ArtifactError``."""
+        from regraft.artifact import save
+
+        if self._freed:
+            raise ArtifactError(f"{path} was not saved: the original's weights were freed; save before freeing them")
+        if not self._entries:
+            raise ArtifactError(f"{path} was not saved: nothing is compiled yet; call the model once, then save")
+        entry = max(self._entries, key=lambda held: held.used)
+        if len(self._entries) > 1:
+            _LOG.warning("the model holds code for %d shapes; the latest is saved", len(self._entries))
+        tuning = getattr(entry.executable, "tuning", b"")  # loading measures nothing, and picks the same kernels
+        members = {"tuning.jsonl": tuning} if tuning else None
+        save(path, entry.program, report=self.report.to_json(), target=self._options.target, members=members)
+
+    # What follows serves calls that are not the common case.
+
+    def _state_reason(self) -> str:
+        """Why the original must run whatever the inputs are."""
+        if torch.is_autocast_enabled(self._device):
+            return "autocast is active, and code is compiled for the model's own element types"
+        original = self.__dict__["_original"]
+        if original is not None and original.training and self._recapture:
+            return "the model is in training mode; call eval() on it"
+        return ""
+
+    def _find(
+        self,
+        key: Hashable,
+        structure: Hashable,
+        leaves: list[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Entry | str:
+        with self._lock:
+            for entry in self._entries:
+                if entry.structure == structure and entry.guard.fits(entry.ordered(leaves)):
+                    self._remember(key, entry)
+                    return entry
+            if not self._recapture:
+                return f"no code for inputs {describe_call(args, kwargs)}"
+            if key in self._refused:
+                return self._refused[key]
+            return self._capture_call(key, args, dict(sorted(kwargs.items())), describe(leaves))
+
+    def _capture_call(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], shown: str) -> Entry | str:
+        if len(self._entries) >= self._options.maximum_entries:
+            returns = self._waiting[key] = self._waiting.get(key, 0) + 1
+            if returns < _RETURNS_BEFORE_EVICTION:
+                return (
+                    f"code for {len(self._entries)} shapes is held, which is the "
+                    f"limit, and inputs {shown} have another; "
+                    "compile with dynamic=True"
+                )
+            self._evict()
+        if self._entries:
+            self._event("recapture", f"inputs {shown} have a new shape, type or value")
+        try:
+            return self._compile(key, args, kwargs, self._options.dynamic if not self._entries else None)
+        except CaptureError as error:
+            if self._options.dynamic is not None and not self._entries:
+                self._event("fallback", f"captured at the sizes of the call: {error}")
+                try:
+                    return self._compile(key, args, kwargs, None)
+                except CaptureError as second:
+                    error = second
+            self._refused[key] = str(error)
+            return str(error)
+
+    def _compile(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Entry | str:
+        started = time.perf_counter()
+        assert self._source is not None and self.original is not None
+        program = capture(self._source, args, kwargs, dynamic)
+        captured = {id(tensor): tensor for tensor in program.weights.originals.values()}
+        seconds = time.perf_counter() - started
+        model = self.original
+        try:
+            made = build(
+                program,
+                self._options.target,
+                self._options.verify,
+                self._options.toolchain,
+                lambda: _own_output(model, args, kwargs),
+            )
+        except CaptureError:
+            raise
+        except Exception as error:  # a fault of ours must not take the model away
+            _LOG.debug("compilation failed", exc_info=True)
+            return self._refuse(key, f"compilation failed ({first_line(error)}); please report it")
+        self._take_report(made, seconds)
+        if not made.accepted:
+            return self._refuse(
+                key,
+                f"the compiled output is {made.drift:.1e} away from the model's "
+                f"own (tolerance {made.tolerance:.0e}); "
+                "run `regraft bisect` to find the rewrite",
+            )
+        self._entries.append(made.entry)
+        self._remember(key, made.entry)
+        self._captured |= captured
+        self._watch_weights()
+        return made.entry
+
+    def _refuse(self, key: Hashable, reason: str) -> str:
+        self._refused[key] = reason
+        self._event("fallback", reason)
+        return reason
+
+    def _remember(self, key: Hashable, entry: Entry) -> None:
+        if len(self._seen) >= _KEYS_REMEMBERED:
+            self._seen.clear()
+        self._seen[key] = entry
+
+    def _evict(self) -> None:
+        oldest = min(self._entries, key=lambda entry: entry.used)
+        self._entries.remove(oldest)
+        for key in [key for key, entry in self._seen.items() if entry is oldest]:
+            del self._seen[key]
+        self._waiting.clear()
+
+    def _forget(self) -> None:
+        self._entries: list[Entry] = []
+        self._seen: dict[Hashable, Entry] = {}
+        self._refused: dict[Hashable, str] = {}
+        self._waiting: dict[Hashable, int] = {}
+        self._told: set[str] = set()
+        self._captured: dict[int, Tensor] = {}  # the model's own tensors that entries read, by identity
+
+    def _weights_changed(self, what: str) -> None:
+        with self._lock:
+            self._event("relowering", f"{what}; compiled anew")
+            self._forget()
+            self._watch = None
+
+    def _watch_weights(self) -> None:
+        mutated = [buffer for entry in self._entries for buffer in entry.mutated]
+        self._watch = WeightWatch(self.original, self._captured.values(), mutated)
+
+    def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        model = self.original
+        if model is None or self._freed or (not self._recapture and reason.startswith("no code")):
+            why = "its weights were freed" if self._freed else "there is no original to run instead"
+            raise InputError(f"{reason}, and {why}; {self._advice()}")
+        self._event("fallback", reason)
+        return model(*args, **kwargs)
+
+    def _advice(self) -> str:
+        built = "; ".join(describe_call(*entry.example) for entry in self._entries)
+        return f"give inputs like those it was compiled for: {built}, or compile the model for these"
+
+    def _event(self, kind: str, reason: str) -> None:
+        text = f"{kind}: {reason}"
+        if text in self._told or len(self._told) >= _EVENTS_REMEMBERED:
+            return
+        self._told.add(text)
+        _LOG.warning("%s", text)
+        self._report.record(kind, reason)
+
+    def _take_report(self, made: Build, capture_seconds: float) -> None:
+        self._report.log = made.log
+        self._report.phases = {"capture": capture_seconds, **made.phases}
+        self._report.end_to_end_drift, self._report.tolerance = made.drift, made.tolerance
+        self._latest = made
+
+    def _fill_operators(self) -> None:
+        """Rows by operator cost seconds on a large model, and most reports are never read."""
+        if self._latest is None:
+            return
+        from regraft.ir.device import find_device
+        from regraft.report.build import environment, main_dtype, operator_rows
+
+        made, self._latest = self._latest, None
+        device = find_device(self._options.target)
+        self._report.operators_before = operator_rows(made.before.graph, device)
+        self._report.operators_after = operator_rows(made.entry.program.graph, device)
+        self._report.environment = environment(device, main_dtype(made.before.graph))
+
+    # The original's state.
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None or name.startswith("__"):
+                raise
+            return getattr(original, name)
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Sets the original's mode; in training mode the original runs."""
+        self.training = mode
+        if self.original is not None:
+            self.original.train(mode)
+        return self
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The original's parameters."""
+        return iter(()) if self.original is None else self.original.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """The original's buffers."""
+        return iter(()) if self.original is None else self.original.named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's state."""
+        return {} if self.original is None else self.original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the original; the next call compiles anew."""
+        if self.original is None or self._freed:
+            raise InputError(
+                "there is no original model to load weights into; compile the model again with the new ones"
+            )
+        return self.original.load_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if self.original is not None:
+            self.original._apply(*args, **kwargs)
+        return self
+
+
+def _own_output(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model's own output; what is wrong with the inputs may show only here, because export runs no kernel."""
+    try:
+        return output_of(model, args, kwargs)
+    except Exception as error:  # a model may raise anything
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on the example inputs ({first_line(error)}); "
+            "give inputs that it accepts"
+        ) from error
+
+
+def _empty_like(value: Tensor) -> Tensor:
+    empty = torch.empty(0, dtype=value.dtype, device=value.device)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty

@@ -1,0 +1,80 @@
+"""The benches run at their smallest, and their numbers mean what their columns say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import scaling, variants
+from bench.cold import PeakMemory
+from bench.decoder import PlainDecoder
+from bench.timing import time_in_turn, write_record
+
+
+def test_timed_calls_take_turns() -> None:
+    order: list[str] = []
+    times = time_in_turn(
+        {name: (lambda name=name: order.append(name)) for name in "ab"}, rounds=4, warm_up=0, shortest=0
+    )
+    turns = order[2:]  # the first call of each sets its repeats
+    assert turns[0::2] == turns[1::2] == ["a", "b", "b", "a", "a", "b", "b", "a"]  # one call wakes, one is measured
+    assert len(times["a"].milliseconds) == 4 and times["b"].median >= 0
+
+
+def test_a_record_names_device_versions_and_command(tmp_path: Path) -> None:
+    path = write_record("scaling", {"rows": [1]}, tmp_path / "deep" / "r.json")
+    record = json.loads(path.read_text())
+    assert record["rows"] == [1] and record["command"].startswith("python -m bench.scaling")
+    assert record["versions"]["torch"] == torch.__version__ and record["device"]["threads"] >= 1
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    with PeakMemory(interval=0.0005) as peak:
+        held = [torch.full((1 << 22,), float(number)) for number in range(4)]
+        total = sum(float(tensor.sum()) for tensor in held)
+        del held
+    assert total > 0 and peak.added > 4 * (1 << 22) * 4 * 0.9
+
+
+def test_the_plain_decoder_is_causal() -> None:
+    """The logits of a position do not change with later tokens."""
+    torch.manual_seed(0)
+    model, tokens = PlainDecoder(2, hidden=16).eval(), torch.arange(8)[None]
+    changed = tokens.clone()
+    changed[0, 5:] = 200
+    with torch.no_grad():
+        first, second = model(tokens), model(changed)
+    assert torch.allclose(first[:, :5], second[:, :5], atol=1e-6)
+    assert not torch.allclose(first[:, 5:], second[:, 5:], atol=1e-2)
+
+
+def test_ratios_are_those_of_the_deepest_over_the_shallowest() -> None:
+    def row(layers: int, seconds: float) -> dict[str, Any]:
+        return {"model": "m", "layers": layers, "verify": "off", "passes": seconds, "total": 2 * seconds}
+
+    (found,) = scaling.ratios([row(10, 1.0), row(30, 9.0), row(100, 8.0)], [10, 30, 100])
+    assert (found["passes"], found["total"], found["deepest_seconds"]) == (8.0, 8.0, 16.0)
+
+
+@pytest.mark.parametrize("model", ["plain", "llama"])
+def test_a_compile_is_told_by_phase(model: str) -> None:
+    if model == "llama":
+        pytest.importorskip("transformers")
+    split = scaling.phases(scaling.MODELS[model](1), "each")
+    assert all(seconds > 0 for seconds in split.values())
+    assert sum(split.values()) - split["total"] <= split["total"] * 1.01
+
+
+def test_an_attention_that_should_be_found_is() -> None:
+    rows = [variants.measure(item) for item in (variants.VARIANTS[0], variants.NEAR_MISSES[0])]
+    assert [row.outcome for row in rows] == ["found", "refused"] and all(row.passed for row in rows)
+
+
+def test_a_row_that_is_not_as_expected_does_not_pass() -> None:
+    kept = variants.NEAR_MISSES[0]
+    wrong = variants.Variant(kept.name, kept.function, found=True)
+    assert not variants.measure(wrong).passed

@@ -1,0 +1,229 @@
+"""Lowered attention equals its formula in fp64, whatever the mask, and whatever is known of it only at run time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from regraft.codegen.cpu.lower import lower
+from regraft.ir.ops.attention import attention
+from regraft.ir.verify import relative_l2
+from tests.support import captured
+
+LOWEST = torch.finfo(torch.float32).min
+BATCH, HEADS, LENGTH, KEYS, SIZE = 2, 4, 5, 5, 8
+Allowed = Callable[[int, int, int], bool]
+
+
+def draw(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def operands(kv_heads: int = HEADS, keys: int = KEYS, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    query = draw(BATCH, HEADS, LENGTH, SIZE)
+    return tuple(
+        t.to(dtype)
+        for t in (query, draw(BATCH, kv_heads, keys, SIZE, seed=1), draw(BATCH, kv_heads, keys, SIZE, seed=2))
+    )
+
+
+def formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Allowed = lambda b, q, k: True,
+    *,
+    scale: float = 0.5,
+    fill: float = -math.inf,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    empty: float = math.nan,
+) -> Tensor:
+    """Row by row, number by number."""
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    groups = query.shape[1] // key.shape[1]
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in query.shape[:3])).tolist():
+        row = scale * (key[b, h // groups].double() @ query[b, h, i].double())
+        row = softcap * torch.tanh(row / softcap) if softcap else row
+        for k in range(len(row)):
+            row[k] += 0.0 if bias is None else bias.double().expand(BATCH, HEADS, LENGTH, len(row))[b, h, i, k]
+            row[k] += 0.0 if slopes is None else slopes[h].double() * (k - i)
+            row[k] = row[k] if allowed(b, i, k) else fill
+        sink = [] if sinks is None else [sinks[h].double()]
+        weights = torch.softmax(torch.stack([*row, *sink]), 0)[: len(row)]
+        if fill == -math.inf and sinks is None and not any(allowed(b, i, k) for k in range(len(row))):
+            out[b, h, i] = empty
+        else:
+            out[b, h, i] = weights @ value[b, h // groups].double()
+    return out
+
+
+def compiled(args: tuple[Tensor, ...], **options: Any) -> Callable[..., Tensor]:
+    """The operator on query, key, value and one tensor that the mask reads, lowered."""
+    names = [name for name in ("bias", "slopes", "sinks") if options.get(name) is not None]
+    extra = tuple(options.pop(name) for name in names)
+    count = len(args)
+
+    def site(*given: Tensor) -> Tensor:
+        named = dict(zip(names, given[count:], strict=True))
+        out: Tensor = attention(
+            *given[:3], list(given[3:count]), named.get("bias"), named.get("slopes"), named.get("sinks"), **options
+        )
+        return out
+
+    executable = lower(captured(site, (*args, *extra)))
+    return lambda *given: executable(*given, *extra)[0]  # type: ignore[no-any-return]
+
+
+def assert_close(result: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    assert relative_l2(result.double(), expected) <= tolerance
+
+
+def lower_left(b: int, q: int, k: int) -> bool:
+    return k <= q
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("mask", "allowed"),
+    [
+        ("all", lambda b, q, k: True),
+        ("band(None,0)", lower_left),
+        ("band(-2,0)", lambda b, q, k: q - 2 <= k <= q),
+        ("band(None,0) | prefix(2)", lambda b, q, k: k <= q or k < 2),
+        ("band(-1,1)", lambda b, q, k: abs(q - k) <= 1),
+    ],
+)
+def test_masks_of_positions(mask: str, allowed: Allowed, kv_heads: int) -> None:
+    given = operands(kv_heads)
+    assert_close(compiled(given, scale=0.5, mask=mask)(*given), formula(*given, allowed))
+
+
+@pytest.mark.parametrize("keys", [3, 9])
+@pytest.mark.parametrize("mask", ["all", "band(None,0)", "band(None,2)"])
+def test_more_or_fewer_keys_than_queries(mask: str, keys: int) -> None:
+    given = operands(2, keys)
+    last = {"all": 99, "band(None,0)": 0, "band(None,2)": 2}[mask]
+    assert_close(compiled(given, scale=0.5, mask=mask)(*given), formula(*given, lambda b, q, k: k - q <= last))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64])
+@pytest.mark.parametrize(("mask", "past"), [("keys(0)", False), ("band(None,0) & keys(0)", True)])
+def test_a_batch_with_and_without_padding(mask: str, past: bool, kind: torch.dtype) -> None:
+    """Padding is looked at in each call: whichever batch it was compiled with, both give the formula's numbers."""
+    full, padded = torch.ones(BATCH, KEYS), torch.ones(BATCH, KEYS)
+    padded[1, 3:] = 0
+    given = operands(2)
+    for example in (full, padded):
+        run = compiled((*given, example.to(kind)), scale=0.5, mask=mask)
+        for keep in (full, padded):
+            expected = formula(*given, lambda b, q, k, keep=keep: bool(keep[b, k]) and (k <= q or not past))
+            assert_close(run(*given, keep.to(kind)), expected)
+
+
+@pytest.mark.parametrize("masked_by", ["keys", "bias"])
+@pytest.mark.parametrize(
+    ("fill", "rows", "value"),
+    [(None, "nan", math.nan), (None, "zero", 0.0), (LOWEST, "nan", 0.0), (-1e4, "nan", 0.0), (-3.0, "nan", 0.0)],
+)
+def test_rows_without_any_key(fill: float | None, rows: str, value: float, masked_by: str) -> None:
+    """NaN, zero, or the mean of all values, as the source of the mask wrote it."""
+    given = operands(2)
+    keep = torch.ones(BATCH, KEYS)
+    keep[1] = 0
+    if masked_by == "bias" and fill is None:
+        bias = torch.where(keep.bool(), 0.0, -math.inf)[:, None, None]
+        if rows == "zero":
+            pytest.skip("only PyTorch's own attention gives zero, and its mask is no bias")
+        result = compiled(given, scale=0.5, bias=bias, empty_rows=rows)(*given)
+    else:
+        options = {"scale": 0.5, "mask": "keys(0)", "mask_fill": fill, "empty_rows": rows}
+        result = compiled((*given, torch.ones(BATCH, KEYS)), **options)(*given, keep)
+    kept = formula(*given, lambda b, q, k: bool(keep[b, k]), fill=-math.inf if fill is None else fill, empty=value)
+    assert_close(result, kept)
+    assert bool(torch.isnan(result[1]).all()) == (fill is None and rows == "nan")
+
+
+@pytest.mark.parametrize("fill", [-2.0, -50.0, -1e4, LOWEST])
+def test_a_mask_value_replaces_the_score(fill: float) -> None:
+    given, keep = operands(), torch.ones(BATCH, KEYS)
+    keep[:, 2] = 0
+    run = compiled((*given, keep), scale=0.5, mask="band(None,0) & keys(0)", mask_fill=fill)
+    assert_close(run(*given, keep), formula(*given, lambda b, q, k: k <= q and k != 2, fill=fill))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, LENGTH, KEYS), (1, HEADS, LENGTH, KEYS), (BATCH, 1, 1, KEYS)])
+@pytest.mark.parametrize("mask", ["all", "band(None,0)"])
+def test_biases(mask: str, shape: tuple[int, ...]) -> None:
+    given, bias = operands(2), draw(*shape, seed=5)
+    allowed = lower_left if mask != "all" else (lambda b, q, k: True)
+    assert_close(compiled(given, scale=0.5, mask=mask, bias=bias)(*given), formula(*given, allowed, bias=bias))
+
+
+def test_a_bias_that_is_not_dense_in_the_keys() -> None:
+    given, bias = operands(), draw(1, HEADS, KEYS, LENGTH, seed=5).transpose(-1, -2)
+    assert_close(compiled(given, scale=0.5, bias=bias)(*given), formula(*given, bias=bias))
+
+
+@pytest.mark.parametrize("mask", ["all", "band(None,0)"])
+def test_slopes_and_sinks(mask: str) -> None:
+    given, numbers = operands(2), draw(HEADS, seed=6)
+    allowed = lower_left if mask != "all" else (lambda b, q, k: True)
+    for name in ("slopes", "sinks"):
+        run = compiled(given, scale=0.5, mask=mask, **{name: numbers})
+        assert_close(run(*given), formula(*given, allowed, **{name: numbers}))
+
+
+@pytest.mark.parametrize("fill", [None, LOWEST, -1e4, -3.0])
+def test_a_sink_takes_all_of_a_row_without_keys(fill: float | None) -> None:
+    given, sinks, keep = operands(2), draw(HEADS, seed=6), torch.ones(BATCH, KEYS)
+    run = compiled((*given, keep), scale=0.5, mask="keys(0)", mask_fill=fill, sinks=sinks)
+    keep[1] = 0
+    number = -math.inf if fill is None else fill
+    assert_close(run(*given, keep), formula(*given, lambda b, q, k: b == 0, fill=number, sinks=sinks))
+
+
+def test_softcap_and_everything_at_once() -> None:
+    given, bias, slopes = operands(2), draw(1, HEADS, LENGTH, KEYS, seed=5), draw(HEADS, seed=6)
+    options: dict[str, Any] = {"bias": bias, "slopes": slopes, "softcap": 2.0}
+    run = compiled(given, scale=0.5, mask="band(None,0)", **options)
+    assert_close(run(*given), formula(*given, lower_left, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": "band(None,0)"}, {"softcap": 3.0}])
+def test_bf16_keeps_its_type(options: dict[str, Any]) -> None:
+    given = operands(2, dtype=torch.bfloat16)
+    result = compiled(given, scale=0.5, **options)(*given)
+    allowed = lower_left if "mask" in options else (lambda b, q, k: True)
+    assert result.dtype == torch.bfloat16
+    assert_close(result, formula(*given, allowed, softcap=options.get("softcap", 0.0)), 1e-2)
+
+
+def test_values_of_another_size_than_keys() -> None:
+    query, key, _ = operands()
+    value = draw(BATCH, HEADS, KEYS, 3, seed=7)
+    wide = torch.cat([value, torch.zeros(BATCH, HEADS, KEYS, SIZE - 3)], -1)
+    for options in ({}, {"sinks": draw(HEADS, seed=6)}):
+        result = compiled((query, key, value), scale=0.5, **options)(query, key, value)
+        assert_close(result, formula(query, key, wide, **options)[..., :3])
+
+
+def test_sites_with_equal_masks_make_one() -> None:
+    given, keep = operands(), torch.ones(BATCH, KEYS)
+
+    def two(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Tensor:
+        options: dict[str, Any] = {"scale": 0.5, "mask": "keys(0)"}
+        once = attention(query, key, value, [keep], **options)
+        twice: Tensor = attention(once, key, value, [keep], **options)
+        return twice
+
+    executable = lower(captured(two, (*given, keep)))
+    names = [getattr(node.target, "__name__", "") for node in executable.module.graph.nodes]
+    assert names.count("mask_if") == names.count("any_padding") == 1 and names.count("attend") == 2

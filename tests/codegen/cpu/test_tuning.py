@@ -1,0 +1,107 @@
+"""Choosing kernels: measured once a shape, remembered as data, and no second copy of a weight without a gain."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from regraft.codegen.cpu import tuning
+from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, applicable
+from regraft.codegen.cpu.tuning import Tuner, TuningRecord
+
+SHAPE = LinearShape(rows=6, in_features=4, out_features=5, dtype=torch.float32, has_bias=True)
+WEIGHT = torch.ones(5, 4)
+
+
+def measuring(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[list[str]]:
+    """Every measurement gives ``seconds``; returns which kernels each one ran."""
+    seen: list[list[str]] = []
+
+    def measured(runs: dict[str, object], cool: object) -> dict[str, float]:
+        seen.append(list(runs))
+        return {name: seconds.get(name, 1.0) for name in runs}
+
+    monkeypatch.setattr(tuning, "_interleaved", measured)
+    return seen
+
+
+def test_the_fastest_kernel_is_chosen_and_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest = applicable(SHAPE)[-1]
+    seen = measuring(monkeypatch, {fastest: 0.5})
+    tuner = Tuner()
+    assert [tuner.choose(SHAPE, WEIGHT) for _ in range(3)] == [fastest] * 3
+    assert seen == [applicable(SHAPE)]
+    tuner.choose(LinearShape(7, 4, 5, torch.float32), WEIGHT)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(("share", "chosen"), [(1.0, "plain"), (0.98, "plain"), (0.5, "transposed")])
+def test_plain_is_kept_where_a_copy_of_the_weight_wins_next_to_nothing(
+    monkeypatch: pytest.MonkeyPatch, share: float, chosen: str
+) -> None:
+    if len(applicable(SHAPE)) == 1:
+        pytest.skip("no packed kernel on this machine")
+    measuring(monkeypatch, {"plain": 1.0, "transposed": share})
+    assert Tuner().choose(SHAPE, WEIGHT) == chosen
+
+
+def lines(record: TuningRecord) -> bytes:
+    """A record as an artifact carries it."""
+    return json.dumps(record.to_json()).encode()
+
+
+def test_records_given_back_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = measuring(monkeypatch, {})
+    tuner = Tuner()
+    tuner.remember(lines(TuningRecord(SHAPE, torch.get_num_threads(), "onednn", {"onednn": 1.0})))
+    assert tuner.choose(SHAPE, WEIGHT) == "onednn" and seen == []
+
+
+def test_a_record_of_another_number_of_threads_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = measuring(monkeypatch, {})
+    tuner = Tuner()
+    tuner.remember(lines(TuningRecord(SHAPE, torch.get_num_threads() + 1, "onednn", {})))
+    tuner.choose(SHAPE, WEIGHT)
+    assert len(seen) == 1
+
+
+def test_records_are_json() -> None:
+    record = TuningRecord(SHAPE, 2, "plain", {"plain": 0.25})
+    assert TuningRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+    symbolic = TuningRecord(LinearShape(None, 1, 2, torch.bfloat16, activation="gelu"), 1, "plain", {})
+    assert TuningRecord.from_json(json.loads(json.dumps(symbolic.to_json()))) == symbolic
+
+
+def test_decisions_survive_an_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = measuring(monkeypatch, {})
+    first, second = Tuner(), Tuner()
+    first.choose(SHAPE, WEIGHT)
+    second.remember(first.to_jsonl())
+    assert second.records == first.records and len(seen) == 1
+
+
+def test_a_shape_with_one_kernel_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = measuring(monkeypatch, {})
+    narrow = LinearShape(6, 4, 5, torch.bfloat16)
+    assert Tuner().choose(narrow, WEIGHT.bfloat16()) == "plain" and seen == []
+
+
+def test_a_kernel_that_this_machine_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*given: object) -> Tensor:
+        raise RuntimeError("could not create a primitive")
+
+    seen = measuring(monkeypatch, {"plain": 2.0})
+    for name in KERNELS:
+        if name != "plain":
+            monkeypatch.setitem(KERNELS, name, unsupported)
+    assert Tuner().choose(SHAPE, WEIGHT) == "plain" and seen in ([["plain"]], [])
+
+
+def test_real_measurements_name_every_kernel_that_ran() -> None:
+    tuner = Tuner()
+    chosen = tuner.choose(SHAPE, WEIGHT)
+    (record,) = tuner.records.values()
+    assert chosen in KERNELS and all(seconds > 0 for seconds in record.seconds.values())

@@ -1,0 +1,263 @@
+"""Capture: what goes in, what the program promises, and the sentence for what is refused."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from regraft.ir.capture import CaptureError, capture
+from regraft.ir.nodes import user_line
+from regraft.ir.program import Program
+
+
+def outputs(program: Program) -> Any:
+    return program.user_outputs(program.callable()(*program.example))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0, extra: Any = None) -> dict[str, Any]:
+        y = self.linear(x) * scale
+        return {"y": y, "none": extra, "constant": 3, "pair": (y + 1, [y - 1])}
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return x + self.count
+
+
+def test_keyword_inputs_of_any_order_and_nested_outputs_come_back_as_they_were() -> None:
+    model, x = Scaled().eval(), torch.randn(2, 4)
+    program = capture(model, (), {"scale": 2.0, "x": x})
+    got, expected = outputs(program), model(x, 2.0)
+    assert got["none"] is None and got["constant"] == 3
+    assert torch.equal(got["y"], expected["y"]) and torch.equal(got["pair"][1][0], expected["pair"][1][0])
+    assert program.example[0] == 2.0 and program.example[1] is x
+
+
+def test_nested_inputs_are_flattened_in_order() -> None:
+    class Nested(nn.Module):
+        def forward(self, pair: tuple[Tensor, Tensor], named: dict[str, Tensor]) -> Tensor:
+            return pair[0] - pair[1] * named["z"]
+
+    a, b, z = torch.randn(3, 2, 2).unbind()
+    program = capture(Nested().eval(), ((a, b),), {"named": {"z": z}})
+    assert torch.equal(outputs(program), a - b * z)
+
+
+def test_a_named_tuple_and_a_dataclass_like_output_keep_their_class() -> None:
+    class Pair(NamedTuple):
+        left: Tensor
+        right: Tensor
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Pair:
+            return Pair(x + 1, x - 1)
+
+    assert type(outputs(capture(Model().eval(), (torch.ones(2),)))) is Pair
+
+
+def test_weights_are_the_models_own_tensors_and_tied_ones_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5, 4)
+            self.head = nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids))
+
+    model = Tied().eval()
+    held = capture(model, (torch.tensor([1, 2]),)).weights.originals
+    assert held and all(tensor is model.embed.weight for tensor in held.values())
+
+
+def test_buffer_mutation_becomes_an_output_and_the_module_is_left_alone() -> None:
+    model = Counter().eval()
+    program = capture(model, (torch.zeros(2),))
+    assert list(program.mutated().values()) == ["count"]
+    assert torch.equal(outputs(program), torch.ones(2)) and torch.equal(model.count, torch.zeros(2))
+    assert program.weights.originals["count"] is model.count
+
+
+def test_in_place_operators_on_intermediates_become_functional() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            y[:, 0] = 0
+            return y.add_(1)
+
+    program = capture(InPlace().eval(), (torch.ones(2, 3),))
+    assert torch.equal(outputs(program), torch.tensor([[1.0, 3, 3], [1, 3, 3]]))
+    assert not any(n.op == "call_function" and n.target._schema.is_mutable for n in program.graph.nodes)
+
+
+class Regions(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x * 2
+            with torch.enable_grad():
+                y = y + 1
+        with torch.autocast("cpu", enabled=False):
+            return y.sin()
+
+
+def assert_flat(program: Program) -> None:
+    assert all(node.op in ("placeholder", "call_function", "output") for node in program.graph.nodes)
+    assert not any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in program.graph.nodes)
+    assert not list(program.module.named_children())
+    assert all("val" in node.meta for node in program.graph.nodes if node.op != "output")
+
+
+def test_gradient_and_disabled_autocast_regions_vanish() -> None:
+    x = torch.randn(2, 3)
+    program = capture(Regions().eval(), (x,))
+    assert_flat(program)
+    assert torch.equal(outputs(program), (x * 2 + 1).sin())
+
+
+def test_regions_in_an_exported_program_are_inlined_and_the_program_is_not_changed() -> None:
+    x = torch.randn(2, 3)
+    exported = torch.export.export(Regions().eval(), (x,), strict=False)
+    before = str(exported.graph)
+    program = capture(exported)
+    assert_flat(program)
+    assert str(exported.graph) == before and torch.equal(outputs(program), (x * 2 + 1).sin())
+
+
+def test_enabled_autocast_is_kept_as_casts() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return torch.matmul(x, y)
+
+    x, y = torch.randn(2, 4, 4).unbind()
+    program = capture(Mixed().eval(), (x, y))
+    assert_flat(program)
+    assert torch.equal(outputs(program), x.bfloat16() @ y.bfloat16())
+
+
+def test_a_saved_export_and_a_traced_graph_module_are_taken(tmp_path: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.GELU()).eval(), torch.randn(2, 3)
+    torch.export.save(torch.export.export(model, (x,), strict=False), tmp_path / "m.pt2")
+    assert torch.equal(outputs(capture(torch.export.load(tmp_path / "m.pt2"))), model(x))
+    assert torch.equal(outputs(capture(torch.fx.symbolic_trace(model), (x,))), model(x))
+
+
+def test_nodes_know_the_users_line() -> None:
+    program = capture(Scaled().eval(), (torch.randn(2, 4),))
+    linear = next(node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default)
+    assert "test_capture.py" in user_line(linear) and user_line(linear).endswith("in forward")
+
+
+def test_the_models_forward_is_put_back() -> None:
+    model = Scaled().eval()
+    capture(model, (torch.randn(2, 4),))
+    assert "forward" not in vars(model)
+
+
+def test_dynamic_true_makes_sizes_symbolic_where_the_model_allows() -> None:
+    model = Scaled().eval()
+    program = capture(model, (torch.randn(2, 4),), dynamic=True)
+    (x, *_) = [node.meta["val"] for node in program.user_inputs()]
+    assert isinstance(x.shape[0], torch.SymInt) and x.shape[1] == 4
+    other = torch.randn(7, 4)
+    assert torch.equal(program.user_outputs(program.callable()(other))["y"], model(other)["y"])
+
+
+def test_dynamic_takes_an_export_specification() -> None:
+    program = capture(nn.Linear(4, 4).eval(), (torch.randn(2, 4),), dynamic={"input": {0: Dim("batch", max=64)}})
+    assert isinstance(program.user_inputs()[0].meta["val"].shape[0], torch.SymInt)
+
+
+def refusal(*args: Any, **kwargs: Any) -> str:
+    with pytest.raises(CaptureError) as caught:
+        capture(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_example_size_of_one_is_refused_where_it_would_be_fixed() -> None:
+    message = refusal(nn.Linear(4, 4).eval(), (torch.randn(1, 4),), dynamic=True)
+    assert "input has size 1 along dimension 0" in message
+
+
+def test_a_model_that_fixes_every_size_is_refused_as_dynamic() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.ones(2, 3)
+
+    assert "only at the example's sizes (x [2, 3])" in refusal(Fixed().eval(), (torch.randn(2, 3),), dynamic=True)
+
+
+def test_inputs_that_do_not_fit_forward_are_named() -> None:
+    message = refusal(Scaled().eval(), (), {"wrong": 1})
+    assert "(wrong)" in message and "Scaled.forward(x" in message and "missing a required argument: 'x'" in message
+
+
+def test_inputs_that_the_model_itself_refuses_are_told_apart_from_export() -> None:
+    message = refusal(nn.Linear(4, 4).eval(), (torch.randn(2, 5),))
+    assert "Linear itself fails on the example inputs" in message
+
+
+def test_data_dependent_control_flow_is_refused_with_its_cause() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(CaptureError, match=r"torch\.export refuses Branch") as caught:
+        capture(Branch().eval(), (torch.ones(2),))
+    assert caught.value.__cause__ is not None
+
+
+def test_a_dropout_that_drops_is_refused() -> None:
+    message = refusal(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train(), (torch.ones(1, 2),))
+    assert "training mode" in message and "model.eval()" in message
+
+
+def test_batch_statistics_in_training_mode_are_refused() -> None:
+    assert "training mode" in refusal(nn.BatchNorm1d(2).train(), (torch.randn(3, 2),))
+
+
+def test_a_model_that_changes_a_parameter_is_refused() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight.add_(1)
+            return x * self.weight
+
+    assert "parameter" in refusal(Writes().eval(), (torch.ones(2),))
+
+
+def test_something_else_than_a_model_is_refused() -> None:
+    assert "a str was given as the model" in refusal("model")
+
+
+def test_a_cache_in_the_output_names_the_way_out() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.zeros(2, 4, dtype=torch.long)
+    assert "use_cache=False" in refusal(model, (), {"input_ids": ids})
+    program = capture(model, (), {"input_ids": ids, "use_cache": False})
+    with torch.no_grad():
+        assert torch.equal(outputs(program).logits, model(ids, use_cache=False).logits)

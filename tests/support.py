@@ -1,0 +1,46 @@
+"""What tests share: capturing small functions, and running one set of rules on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.ir.capture import capture
+from regraft.ir.driver import Driver, Session
+from regraft.ir.program import Program
+from regraft.ir.rule import Rule
+from regraft.passes.canonicalize.pipeline import canonicalize
+
+
+class AsModule(nn.Module):
+    """A function as a module, so that ``torch.export`` takes it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def captured(model: Callable[..., Any], args: tuple[Any, ...], dynamic: Any = None) -> Program:
+    """The canonical program of a module or function."""
+    module = model if isinstance(model, nn.Module) else AsModule(model)
+    program = capture(module.eval(), args, dynamic=dynamic)
+    canonicalize(program, Session())
+    return program
+
+
+def apply(program: Program, rules: Sequence[Rule], verify: str = "each") -> Session:
+    """Run ``rules`` over ``program`` until none fires; returns the session with its log."""
+    session = Session(verify=verify)
+    Driver(program, rules, session, "test").run()
+    return session
+
+
+def run(program: Program, args: tuple[Any, ...]) -> Any:
+    """The program's output on ``args``, in the user's structure."""
+    return program.user_outputs(program.callable()(*torch.utils._pytree.tree_leaves((args, {}))))
