@@ -207,7 +207,7 @@ def applicable(shape: LinearShape) -> list[str]:
     if not (shape.dtype == torch.float32 and torch.backends.mkldnn.is_available()):
         return names
     names += ["transposed", "onednn"]
-    if shape.activation == "gelu_tanh":  # the one activation that PyTorch's own kernel computes more slowly
+    if shape.activation != "none" and shape.activation in ONEDNN_ACTIVATIONS:
         names.append("onednn_fused")
     if shape.rows is not None:
         names.append("convolution")

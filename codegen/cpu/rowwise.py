@@ -17,16 +17,6 @@ from regraft.ir.ops.rms_norm import reference as rms_norm_reference
 aten = torch.ops.aten
 
 
-def _rms_norm_of_version() -> Callable[..., Tensor]:
-    """PyTorch's fused kernel where this version has it, else its composite."""
-    fused = getattr(aten, "_fused_rms_norm", None)
-    if fused is None:
-        return torch.nn.functional.rms_norm
-    return lambda x, size, weight, eps: fused.default(x, size, weight, eps)[0]
-
-
-_FUSED_RMS_NORM = _rms_norm_of_version()
-
 #: Element-wise operators of one tensor operand that keep type and shape.
 UNARY = (
     aten.gelu.default,
@@ -40,11 +30,15 @@ BINARY = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str) -> Tensor:
-    """RMSNorm in fp32 by PyTorch's fused kernel; other types and flavours by the definition."""
+    """RMSNorm. In fp32, where all flavours agree, in one buffer of ``x``'s size, which holds the squares first: on a
+    CPU new memory costs more than arithmetic, and PyTorch's own operator takes three such buffers."""
     if x.dtype == torch.float32 and (weight is None or weight.dtype == torch.float32):
-        scale = weight if weight is None or offset == 0 else weight + offset
-        out: Tensor = _FUSED_RMS_NORM(x, [x.shape[-1]], scale, eps)
-        return out
+        out = x * x
+        inverse = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
+        torch.mul(x, inverse, out=out)
+        if weight is None:
+            return out
+        return out.mul_(weight if offset == 0 else weight + offset)
     return rms_norm_reference(x, weight, eps, offset, cast)
 
 
