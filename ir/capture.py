@@ -1,10 +1,8 @@
 """Capture: a model becomes a pure graph, by ``torch.export`` in non-strict mode.
 
-What comes out is a ``Program``: nothing in it mutates, no region is left in it, every node has its fake
-value, weights are
-the model's own tensors. Training behaviour is refused by what the graph does, not by a flag: a dropout that
-drops, a
-batch norm that takes its statistics from the batch.
+What comes out is a ``Program``: nothing in it mutates, no region is left in it, every node has its fake value,
+weights are the model's own tensors. Training behaviour is refused by what the graph does, not by a flag: a dropout
+that drops, a batch norm that takes its statistics from the batch.
 """
 
 from __future__ import annotations
@@ -54,11 +52,10 @@ def capture(
 ) -> Program:
     """The program of ``model`` at the example inputs ``args`` and ``kwargs``.
 
-    ``model`` is a module, a ``GraphModule`` or an ``ExportedProgram`` (whose own example inputs serve when
-    none are
-    given; it is not changed). ``dynamic`` is None for the example's sizes, True for symbolic ones wherever
-    the model
-    allows, or a ``torch.export`` specification. Raises ``CaptureError``, with torch's exception as its cause.
+    ``model`` is a module, a ``GraphModule`` or an ``ExportedProgram`` (whose own example inputs serve when none
+    are given; it is not changed). ``dynamic`` is None for the example's sizes, True for symbolic ones wherever the
+    model allows, or a ``torch.export`` specification. Raises ``CaptureError``, with torch's exception as its
+    cause.
     """
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
@@ -79,8 +76,7 @@ def capture(
 
 
 def from_exported(exported: ExportedProgram, example: list[Any]) -> Program:
-    """Take over an exported program, in place where that is possible; ``example`` are its flat user
-    inputs."""
+    """Take over an exported program, in place where that is possible; ``example`` are its flat user inputs."""
     _refuse_training(exported.graph)  # decomposing splits these operators
     if must_decompose(exported.graph_module):
         exported = _decompose(exported)
@@ -93,8 +89,7 @@ def from_exported(exported: ExportedProgram, example: list[Any]) -> Program:
 
 
 def flat_inputs(in_spec: TreeSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The leaves of a call in the order of ``in_spec``, whose keyword arguments may stand in another
-    order."""
+    """The leaves of a call in the order of ``in_spec``, whose keyword arguments may stand in another order."""
     order = in_spec.child(1).context
     if set(order) != set(kwargs):
         raise CaptureError(
@@ -132,16 +127,14 @@ def _of_exported(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[
 
 
 def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Names of the parameters that positional arguments fill; raises when the inputs do not fit
-    ``forward``."""
+    """Names of the parameters that positional arguments fill; raises when the inputs do not fit ``forward``."""
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         given = [*(f"input {place}" for place in range(len(args))), *kwargs]
         raise CaptureError(
-            f"the example inputs ({', '.join(given) or 'none'}) do not fit "
-            f"{type(model).__name__}.forward{signature}: "
+            f"the example inputs ({', '.join(given) or 'none'}) do not fit {type(model).__name__}.forward{signature}: "
             f"{error}; give the tensors that you would call the model with"
         ) from error
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -151,8 +144,7 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _by_position(
     names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Keyword inputs of a GraphModule in the order of its placeholders: export passes their values on by
-    position."""
+    """Keyword inputs of a GraphModule in the order of its placeholders: export passes their values on by position."""
     return args, {name: kwargs[name] for name in names if name in kwargs}
 
 
@@ -222,8 +214,7 @@ def _decompose(exported: ExportedProgram) -> ExportedProgram:
             return functional
     except Exception as error:  # as for export
         raise CaptureError(
-            "the model changes tensors in place in a way that cannot be made "
-            f"functional ({first_line(error)}); write "
+            f"the model changes tensors in place in a way that cannot be made functional ({first_line(error)}); write "
             "that part without in-place operations"
         ) from error
 
@@ -249,7 +240,6 @@ def _refuse_training(graph: fx.Graph) -> None:
         without_statistics = node.target is _ATEN.batch_norm.default and given.get("running_mean") is None
         if given.get(argument) and not without_statistics:
             raise CaptureError(
-                f"{node.target} works in training mode{' at ' + where if where else ''}, "
-                "and regraft compiles for "
+                f"{node.target} works in training mode{' at ' + where if where else ''}, and regraft compiles for "
                 "inference; call model.eval() first"
             )

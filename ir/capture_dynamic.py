@@ -19,11 +19,9 @@ _LOG = logging.getLogger("regraft")
 def dynamic_shapes(dynamic: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> Any:
     """The ``dynamic_shapes`` argument of ``torch.export``.
 
-    ``None`` and ``False`` make every size static, ``True`` every size of every tensor symbolic where the
-    model allows it;
-    anything else is a ``torch.export`` specification and passes through. ``names`` are the parameters that
-    ``args``
-    fill. Raises ``CaptureError`` when an example size of 0 or 1 would silently fix a size.
+    ``None`` and ``False`` make every size static, ``True`` every size of every tensor symbolic where the model
+    allows it; anything else is a ``torch.export`` specification and passes through. ``names`` are the parameters
+    that ``args`` fill. Raises ``CaptureError`` when an example size of 0 or 1 would silently fix a size.
     """
     if dynamic is None or dynamic is False:
         return None
@@ -47,8 +45,7 @@ def _label(path: tuple[Any, ...], names: list[str]) -> str:
 
 
 def _is_symbol(size: Any) -> bool:
-    """Whether a size is still free; one that the model has settled is a symbol with a number for its
-    value."""
+    """Whether a size is still free; one that the model has settled is a symbol with a number for its value."""
     return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
@@ -60,17 +57,14 @@ def _refuse_small(name: str, value: Tensor) -> None:
     for dim, size in enumerate(value.shape):
         if size < 2:
             raise CaptureError(
-                f"dynamic=True was given, but the example input {name} has size "
-                f"{size} along dimension {dim}, which "
-                "torch.export would fix for good; give an example with sizes "
-                "of at least 2, or a dynamic_shapes "
+                f"dynamic=True was given, but the example input {name} has size {size} along dimension {dim}, which "
+                "torch.export would fix for good; give an example with sizes of at least 2, or a dynamic_shapes "
                 "specification that names the symbolic dimensions"
             )
 
 
 def check_symbols(graph: fx.Graph, user_inputs: list[fx.Node], dynamic: Any) -> None:
-    """Raise ``CaptureError`` when sizes were to be symbolic and none stayed so; log those that the model
-    fixed."""
+    """Raise ``CaptureError`` when sizes were to be symbolic and none stayed so; log those that the model fixed."""
     if dynamic is None or dynamic is False:
         return
     values = [(node, node.meta.get("val")) for node in user_inputs]
@@ -78,12 +72,9 @@ def check_symbols(graph: fx.Graph, user_inputs: list[fx.Node], dynamic: Any) -> 
     symbolic = [size for _, value in tensors for size in value.shape if _is_symbol(size)]
     if not symbolic:
         raise CaptureError(
-            f"symbolic sizes were asked for (dynamic={dynamic!r}), but the "
-            "model works only at the example's sizes "
-            f"({', '.join(f'{name} {list(value.shape)}' for name, value in tensors) or 'no tensor input'}); "
-            "give an "
-            "example with sizes of at least 2, or leave dynamic out: a "
-            "new shape is then captured when it comes"
+            f"symbolic sizes were asked for (dynamic={dynamic!r}), but the model works only at the example's sizes "
+            f"({', '.join(f'{name} {list(value.shape)}' for name, value in tensors) or 'no tensor input'}); give an "
+            "example with sizes of at least 2, or leave dynamic out: a new shape is then captured when it comes"
         )
     if dynamic is True:
         fixed = [

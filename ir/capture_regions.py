@@ -19,8 +19,7 @@ _REGION_AT = {_SET_GRAD: 1, _AUTOCAST: 4}
 
 
 def must_decompose(module: fx.GraphModule) -> bool:
-    """Whether the graph mutates tensors, or has an autocast region that is switched on: both need the
-    slower way,
+    """Whether the graph mutates tensors, or has an autocast region that is switched on: both need the slower way,
     ``run_decompositions``, which makes the graph functional and writes the casts out."""
     return any(_mutates(node) or _casts(node) for node in _all_nodes(module))
 
@@ -43,8 +42,7 @@ def refuse_left_over(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
-                f"the model contains {node.target} at {node.name}, and regraft "
-                "compiles graphs without control flow; "
+                f"the model contains {node.target} at {node.name}, and regraft compiles graphs without control flow; "
                 "compile the parts around it, or use torch.compile(model, backend='regraft')"
             )
 

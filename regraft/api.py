@@ -46,20 +46,15 @@ def compile(
 ) -> CompiledModule:
     """Compile ``model`` for inference; the result is called as the model is and returns the same structure.
 
-    ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of keyword inputs (a model whose
-    only input is a
-    dict takes ``(that_dict,)``); ``kwargs`` adds keyword inputs to positional ones. Without any, the first
-    call
-    compiles. ``dynamic``: None for the example's shapes (a new shape is compiled when it comes, a bounded
-    number
-    of times), True for symbolic sizes wherever the model allows, or a ``torch.export`` specification.
-    ``verify``: "each"
-    rewrite and the final output are compared with the original's, "final" only the latter, "off" neither.
-    ``free_original`` empties the model after compiling: its weights live on only in compiled code.
-    ``toolchain`` replaces the passes and the lowering.
+    ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of keyword inputs (a model whose only
+    input is a dict takes ``(that_dict,)``); ``kwargs`` adds keyword inputs to positional ones. Without any, the
+    first call compiles. ``dynamic``: None for the example's shapes (a new shape is compiled when it comes, a
+    bounded number of times), True for symbolic sizes wherever the model allows, or a ``torch.export``
+    specification. ``verify``: "each" rewrite and the final output are compared with the original's, "final" only
+    the latter, "off" neither. ``free_original`` empties the model after compiling: its weights live on only in
+    compiled code. ``toolchain`` replaces the passes and the lowering.
 
-    Raises ``CaptureError`` (inputs that do not fit, a model that export refuses, training mode),
-    ``TargetError``
+    Raises ``CaptureError`` (inputs that do not fit, a model that export refuses, training mode), ``TargetError``
     and ``OptionError``.
     """
     _check_options(budget=budget, calibration=calibration, experts=experts)
@@ -92,8 +87,7 @@ def compile(
 
 
 def load(path: str | os.PathLike[str], *, trust_kernels: bool = False) -> CompiledModule:
-    """Load an artifact: lowered for this machine, not captured or rewritten again. Raises
-    ``ArtifactError``."""
+    """Load an artifact: lowered for this machine, not captured or rewritten again. Raises ``ArtifactError``."""
     from regraft.artifact import load as read
     from regraft.report.model import Report
 
@@ -119,9 +113,8 @@ def call_inputs(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), named
     raise CaptureError(
-        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, "
-        "a tuple of positional inputs or a dict of "
-        "keyword inputs"
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional inputs or a dict "
+        "of keyword inputs"
     )
 
 

@@ -1,5 +1,4 @@
-"""From a captured program to something that runs: passes, lowering, and the comparison with the original
-model."""
+"""From a captured program to something that runs: passes, lowering, and the comparison with the original model."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.verify import relative_l2
 
-#: Largest relative L2 error of a compiled model's outputs against the original's, by the outputs' element
-#: type.
+#: Largest relative L2 error of a compiled model's outputs against the original's, by the outputs' element type.
 END_TO_END_TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -57,11 +55,9 @@ def _default_lower(program: Program, session: Session) -> Executable:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The two steps behind capture. ``pipeline(target)`` gives the passes; ``lower(program, session)``
-    gives a function of
-    the flat user inputs that returns the program's flat outputs, mutated buffers first. That function reads
-    buffers
-    that the program mutates from their own memory at each call."""
+    """The two steps behind capture. ``pipeline(target)`` gives the passes; ``lower(program, session)`` gives a
+    function of the flat user inputs that returns the program's flat outputs, mutated buffers first. That function
+    reads buffers that the program mutates from their own memory at each call."""
 
     pipeline: Callable[[str], Passes] = _default_pipeline
     lower: Callable[[Program, Session], Executable] = _default_lower
@@ -130,9 +126,8 @@ class Entry:
 class Build:
     """One compilation on its way: what was done, how long it took, what came out.
 
-    ``before`` is a copy of the captured program (its graph; tensors are shared). ``drift`` is the relative
-    L2 error
-    against the original on the example inputs, None when that was not asked for.
+    ``before`` is a copy of the captured program (its graph; tensors are shared). ``drift`` is the relative L2
+    error against the original on the example inputs, None when that was not asked for.
     """
 
     entry: Entry
@@ -149,8 +144,7 @@ class Build:
 
 
 def build(program: Program, target: str, verify: str, toolchain: Toolchain, reference: Callable[[], Any]) -> Build:
-    """Rewrite and lower ``program``, in place; ``reference()`` is the original's output on the example
-    inputs.
+    """Rewrite and lower ``program``, in place; ``reference()`` is the original's output on the example inputs.
 
     Raises whatever a pass or the lowering raises.
     """
@@ -186,8 +180,7 @@ def _compare(program: Program, executable: Executable, expected: Any) -> tuple[f
 
 
 def output_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The model's own output; its buffers, the inputs and the state of the random generator stay as they
-    are."""
+    """The model's own output; its buffers, the inputs and the state of the random generator stay as they are."""
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         copied_args, copied_kwargs = _copied((args, dict(kwargs)))

@@ -34,8 +34,7 @@ _EVENTS_REMEMBERED = 256
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is compiled; see ``regraft.compile``. ``maximum_entries`` bounds the captures that are
-    kept."""
+    """How a model is compiled; see ``regraft.compile``. ``maximum_entries`` bounds the captures that are kept."""
 
     target: str = "cpu"
     dynamic: Any = None
@@ -47,21 +46,15 @@ class Options:
 class CompiledModule(nn.Module):
     """A model compiled for inference; call it as you would call the model.
 
-    It is an ``nn.Module``, so that it can stand in a larger one. It has no weights of its own:
-    ``parameters``,
+    It is an ``nn.Module``, so that it can stand in a larger one. It has no weights of its own: ``parameters``,
     ``state_dict``, ``to`` and unknown attributes (``config``…) are the original's. Outputs carry no gradient.
 
-    A call whose structure, shapes, element types, devices and scalars were seen before runs compiled code.
-    Another one is
-    captured, up to ``maximum_entries``; beyond that the original runs, until a shape has come back often
-    enough to take
-    the place of the least recently used. The original also runs in training mode, under autocast, when an
-    input wants a
-    gradient, and for what cannot be captured. Each of these is logged once (logger "regraft") and is an
-    event in
-    ``report``. Weights that changed since compilation lead to a new compilation. Without the original
-    (loaded, or freed)
-    such calls raise ``InputError``.
+    A call whose structure, shapes, element types, devices and scalars were seen before runs compiled code. Another
+    one is captured, up to ``maximum_entries``; beyond that the original runs, until a shape has come back often
+    enough to take the place of the least recently used. The original also runs in training mode, under autocast,
+    when an input wants a gradient, and for what cannot be captured. Each of these is logged once (logger
+    "regraft") and is an event in ``report``. Weights that changed since compilation lead to a new compilation.
+    Without the original (loaded, or freed) such calls raise ``InputError``.
     """
 
     def __init__(self, model: nn.Module | ExportedProgram | None, options: Options, report: Report) -> None:
@@ -136,9 +129,8 @@ class CompiledModule(nn.Module):
         self._entries.append(entry)
 
     def free_original(self) -> None:
-        """Let go of the original's weights: compiled code holds what it needs. The original can no longer
-        run, nothing
-        can be recaptured, and ``save`` is no longer possible."""
+        """Let go of the original's weights: compiled code holds what it needs. The original can no longer run,
+        nothing can be recaptured, and ``save`` is no longer possible."""
         if self.original is None or self._freed:
             return
         if not self._entries:
@@ -210,9 +202,8 @@ class CompiledModule(nn.Module):
             returns = self._waiting[key] = self._waiting.get(key, 0) + 1
             if returns < _RETURNS_BEFORE_EVICTION:
                 return (
-                    f"code for {len(self._entries)} shapes is held, which is the "
-                    f"limit, and inputs {shown} have another; "
-                    "compile with dynamic=True"
+                    f"code for {len(self._entries)} shapes is held, which is the limit, and inputs {shown} have "
+                    "another; compile with dynamic=True"
                 )
             self._evict()
         if self._entries:
@@ -253,8 +244,7 @@ class CompiledModule(nn.Module):
         if not made.accepted:
             return self._refuse(
                 key,
-                f"the compiled output is {made.drift:.1e} away from the model's "
-                f"own (tolerance {made.tolerance:.0e}); "
+                f"the compiled output is {made.drift:.1e} away from the model's own (tolerance {made.tolerance:.0e}); "
                 "run `regraft bisect` to find the rewrite",
             )
         self._entries.append(made.entry)

@@ -1,9 +1,7 @@
-"""The ``regraft`` backend of ``torch.compile``: each graph between graph breaks is compiled as a model of
-its own.
+"""The ``regraft`` backend of ``torch.compile``: each graph between graph breaks is compiled as a model of its own.
 
-Dynamo hands parameters and buffers over as inputs; here they become weights again, so that they can be
-prepacked, and
-are watched as those of any compiled model. The graph is captured at its first call, when the inputs are real.
+Dynamo hands parameters and buffers over as inputs; here they become weights again, so that they can be prepacked,
+and are watched as those of any compiled model. The graph is captured at its first call, when the inputs are real.
 """
 
 from __future__ import annotations
@@ -28,9 +26,8 @@ _MAXIMUM_WEIGHT_SETS = 8
 def backend(module: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None) -> Any:
     """Compile one Dynamo graph; ``options`` may hold ``verify`` ("each", "final" or "off").
 
-    The original graph runs, with a logged reason, where compiled code may not: under autocast, for
-    gradients, for a
-    device or for sizes that regraft has no code for.
+    The original graph runs, with a logged reason, where compiled code may not: under autocast, for gradients, for
+    a device or for sizes that regraft has no code for.
     """
     given = dict(options or {})
     verify = given.pop("verify", "each")
@@ -72,8 +69,7 @@ class _Lifted(nn.Module):
 
 
 class _DynamoGraph:
-    """One graph and its compiled forms, one for each set of weights: layers of equal code share a Dynamo
-    graph."""
+    """One graph and its compiled forms, one for each set of weights: layers of equal code share a Dynamo graph."""
 
     def __init__(self, module: fx.GraphModule, places: list[int], verify: str) -> None:
         self._module = module

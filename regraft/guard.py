@@ -1,9 +1,7 @@
-"""What a compiled entry was built for, and whether a call fits: structure, shapes, element types, devices,
-scalars.
+"""What a compiled entry was built for, and whether a call fits: structure, shapes, element types, devices, scalars.
 
-A call is turned into a key. Equal keys run the same code, so a call seen before costs one look-up. A key
-that is new is
-checked against entries with symbolic sizes by ``SymbolicGuard``.
+A call is turned into a key. Equal keys run the same code, so a call seen before costs one look-up. A key that is
+new is checked against entries with symbolic sizes by ``SymbolicGuard``.
 """
 
 from __future__ import annotations
@@ -42,11 +40,9 @@ class UnsupportedInput(TypeError):
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[Any]]:
-    """The structure of a call and its leaves; keyword arguments in alphabetical order, so that their order
-    is free.
+    """The structure of a call and its leaves; keyword arguments in alphabetical order, so that their order is free.
 
-    A call without nesting has the structure (number of positional arguments, keyword names); finding that
-    costs a
+    A call without nesting has the structure (number of positional arguments, keyword names); finding that costs a
     fraction of a pytree traversal.
     """
     if len(kwargs) > 1:
@@ -184,8 +180,7 @@ def _solve(expression: Any, size: int, known: dict[Any, Any]) -> None:
 
 
 def _settle(condition: Any, settled: Mapping[Any, Any]) -> Any:
-    """``condition`` in the symbols that are left: export replaces one that equals a number or another
-    symbol."""
+    """``condition`` in the symbols that are left: export replaces one that equals a number or another symbol."""
     for _ in range(len(settled)):
         replaced = condition.xreplace(dict(settled))
         if replaced == condition:

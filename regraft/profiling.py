@@ -21,8 +21,7 @@ from regraft.report.profile import measure, observed, placeholder_values, with_m
 
 
 def profile_program(program: Program, pipeline: Passes, device: Device, runs: int = 5) -> Report:
-    """Measure ``program`` as it was captured, rewrite and lower a copy, and measure that; the report holds
-    both."""
+    """Measure ``program`` as it was captured, rewrite and lower a copy, and measure that; the report holds both."""
     flat = _inputs(program)
     report = Report(target="cpu", environment=environment(device, main_dtype(program.graph)))
     values = placeholder_values(program, flat)
@@ -37,8 +36,7 @@ def profile_program(program: Program, pipeline: Passes, device: Device, runs: in
 
 
 def profile_artifact(loaded: Loaded, device: Device, runs: int = 5) -> Report:
-    """Measure what an artifact holds, on the example inputs that it holds; the rest is the report inside
-    it."""
+    """Measure what an artifact holds, on the example inputs that it holds; the rest is the report inside it."""
     report = Report.from_json(loaded.report) if loaded.report is not None else Report()
     program = loaded.program
     report.environment = environment(device, main_dtype(program.graph))

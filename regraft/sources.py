@@ -1,5 +1,4 @@
-"""Models by name, for the command line: a ``.pt2`` file, a Hugging Face folder, or
-``package.module:factory``."""
+"""Models by name, for the command line: a ``.pt2`` file, a Hugging Face folder, or ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -34,9 +33,8 @@ class Source:
 def resolve(text: str, inputs: str | os.PathLike[str] | None = None) -> Source:
     """The model that ``text`` names, in eval mode, with example inputs.
 
-    ``inputs`` is a safetensors file whose tensors take the place of the source's own examples: names are
-    keyword inputs,
-    "0", "1", … positions. Raises ``SourceError`` with one sentence for whatever is wrong.
+    ``inputs`` is a safetensors file whose tensors take the place of the source's own examples: names are keyword
+    inputs, "0", "1", … positions. Raises ``SourceError`` with one sentence for whatever is wrong.
     """
     path = Path(text)
     if path.is_dir():

@@ -1,5 +1,4 @@
-"""Running a pipeline with limited fuel, and measuring how far the rewritten model is from the captured
-one."""
+"""Running a pipeline with limited fuel, and measuring how far the rewritten model is from the captured one."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ from regraft.ir.verify import relative_l2
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of the pipeline: the end-to-end error, and why it is infinite when a pass or the model
-    raised."""
+    """One run of the pipeline: the end-to-end error, and why it is infinite when a pass or the model raised."""
 
     error: float
     session: Session

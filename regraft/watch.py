@@ -15,9 +15,9 @@ _address = Tensor.data_ptr
 class WeightWatch:
     """Remembers each weight's identity, memory and version; reading them all is a few C-level loops.
 
-    ``module`` gives parameters and buffers, ``others`` are further tensors (constants). A tensor in
-    ``mutated`` may be
-    written to: the compiled code reads it anew at each call. Tensors made in inference mode have no version.
+    ``module`` gives parameters and buffers, ``others`` are further tensors (constants). A tensor in ``mutated``
+    may be written to: the compiled code reads it anew at each call. Tensors made in inference mode have no
+    version.
     """
 
     def __init__(self, module: nn.Module | None, others: Iterable[Tensor] = (), mutated: Iterable[Tensor] = ()) -> None:
@@ -49,9 +49,8 @@ class WeightWatch:
         return ""
 
     def _replaced(self) -> bool:
-        """Comparing dicts compares identities first. Tensors that differ are compared by value: more than
-        one element
-        has no truth value, which raises, and single ones are looked at here."""
+        """Comparing dicts compares identities first. Tensors that differ are compared by value: more than one
+        element has no truth value, which raises, and single ones are looked at here."""
         try:
             if self._holders != self._known:
                 return True

@@ -154,7 +154,6 @@ def _check_libraries(manifest: Manifest, namespaces: Collection[str]) -> None:
     for name in manifest.operator_libraries:
         if name not in (*NAMESPACES, *namespaces):
             raise ArtifactError(
-                f"it calls operators of the library {name!r}; import that library and pass "
-                f"namespaces=({name!r},) to "
+                f"it calls operators of the library {name!r}; import that library and pass namespaces=({name!r},) to "
                 "load() if you trust it"
             )

@@ -256,8 +256,7 @@ def _check_member(info: zipfile.ZipInfo) -> None:
         raise ArtifactError(f"its member {name} is encrypted, and artifacts never are; do not trust this file")
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise ArtifactError(
-            f"its member {name} is compressed, and artifacts store their members as they are; save the "
-            "model again "
+            f"its member {name} is compressed, and artifacts store their members as they are; save the model again "
             "instead of repacking the file"
         )
 

@@ -258,7 +258,6 @@ def _check_weights(graph: fx.Graph, signature: ExportGraphSignature, weights: We
                 found = weights.get(spec.target, lambda w: fakes.mode.from_tensor(w.detach(), static_shapes=True))
             if found.shape != expected.shape or found.dtype != expected.dtype:
                 raise ArtifactError(
-                    f"the weight {spec.target!r} is {list(found.shape)} of {found.dtype}, and graph.json "
-                    "expects "
+                    f"the weight {spec.target!r} is {list(found.shape)} of {found.dtype}, and graph.json expects "
                     f"{list(expected.shape)} of {expected.dtype}; save the model again"
                 )

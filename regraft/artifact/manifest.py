@@ -66,8 +66,7 @@ class Manifest:
             raise ArtifactError("manifest.json has no valid format_version; save the model again")
         if version > FORMAT_VERSION:
             raise ArtifactError(
-                f"it has format version {version}, written by regraft {data.get('regraft')}, and this "
-                "regraft reads "
+                f"it has format version {version}, written by regraft {data.get('regraft')}, and this regraft reads "
                 f"up to version {FORMAT_VERSION}; upgrade regraft to load it"
             )
         try:

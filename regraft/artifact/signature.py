@@ -41,8 +41,7 @@ def encode_signature(signature: ExportGraphSignature) -> tuple[list[Any], list[A
     for result in signature.output_specs:
         if result.kind not in _OUTPUTS:
             raise ArtifactError(
-                f"the output {result.arg.name} is a {result.kind.name}, which artifacts cannot store; let "
-                "the model "
+                f"the output {result.arg.name} is a {result.kind.name}, which artifacts cannot store; let the model "
                 "return new values instead of writing to its inputs"
             )
         outputs.append([result.kind.name, _encode_argument(result.arg), result.target])

@@ -22,10 +22,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from regraft.artifact.errors import ArtifactError
 
 _SHARED = (
-    "FloorDiv ModularIndexing Mod PythonMod CeilDiv CeilToInt FloorToInt TruncToInt RoundToInt "
-    "PowByNatural FloatPow "
-    "FloatTrueDiv IntTrueDiv ToFloat TruncToFloat Max Min Where LShift RShift Identity "
-    "OpaqueUnaryFn_sqrt"
+    "FloorDiv ModularIndexing Mod PythonMod CeilDiv CeilToInt FloorToInt TruncToInt RoundToInt PowByNatural FloatPow "
+    "FloatTrueDiv IntTrueDiv ToFloat TruncToFloat Max Min Where LShift RShift Identity OpaqueUnaryFn_sqrt"
 )
 _FUNCTIONS: dict[str, Any] = {
     **{name: getattr(functions, name) for name in _SHARED.split() if hasattr(functions, name)},

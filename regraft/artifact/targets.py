@@ -45,10 +45,8 @@ def encode_target(target: Any) -> str:
     if isinstance(target, Callable) and target in _NAMES:  # type: ignore[arg-type]
         return _NAMES[target]
     raise ArtifactError(
-        f"the function {getattr(target, '__name__', target)} cannot be saved; artifacts store calls of "
-        "PyTorch "
-        "operators and arithmetic on sizes, so capture the model without control flow and higher-order "
-        "operators"
+        f"the function {getattr(target, '__name__', target)} cannot be saved; artifacts store calls of PyTorch "
+        "operators and arithmetic on sizes, so capture the model without control flow and higher-order operators"
     )
 
 
@@ -78,8 +76,7 @@ def decode_target(name: Any, namespaces: Collection[str]) -> Any:
     found = getattr(packet, overload, None) if isinstance(packet, OpOverloadPacket) else None
     if not isinstance(found, OpOverload):
         raise ArtifactError(
-            f"the graph calls {name}, which is not registered in this process (torch {torch.__version__}); "
-            "import the "
+            f"the graph calls {name}, which is not registered in this process (torch {torch.__version__}); import the "
             "library that defines it or install the versions named in manifest.json"
         )
     reason = _impurity(found)

@@ -104,9 +104,8 @@ def _registered_name(kind: Any) -> str:
     name = None if node is None else node.serialized_type_name
     if name is None or name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
         raise ArtifactError(
-            f"the class {getattr(kind, '__qualname__', kind)} in the inputs or outputs cannot be saved: it "
-            "is registered "
-            "as a pytree node without a name; pass serialized_type_name=… to "
+            f"the class {getattr(kind, '__qualname__', kind)} in the inputs or outputs cannot be saved: it is "
+            "registered as a pytree node without a name; pass serialized_type_name=… to "
             "torch.utils._pytree.register_pytree_node"
         )
     return str(name)
@@ -116,8 +115,7 @@ def _registered_class(name: Any) -> Any:
     kind = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ArtifactError(
-            f"its inputs or outputs use the class {str(name)[:200]}, which is not registered as a pytree "
-            "node in this "
+            f"its inputs or outputs use the class {str(name)[:200]}, which is not registered as a pytree node in this "
             "process; import the module that defines it before loading"
         )
     return kind

@@ -42,8 +42,7 @@ def encode_value(value: Any) -> Any:
         if isinstance(value, kind):
             return {tag: str(value).removeprefix("torch.")}
     raise ArtifactError(
-        f"a value of type {type(value).__module__}.{type(value).__qualname__} cannot be saved; artifacts "
-        "store "
+        f"a value of type {type(value).__module__}.{type(value).__qualname__} cannot be saved; artifacts store "
         "numbers, strings, lists, tuples, dicts, slices and PyTorch's element types, devices and layouts"
     )
 

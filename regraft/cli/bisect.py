@@ -38,8 +38,7 @@ def bisect(
     inputs: InputsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the first rule application after which the outputs leave the tolerance. Exit code 1 when there is
-    one."""
+    """Find the first rule application after which the outputs leave the tolerance. Exit code 1 when there is one."""
     with guard():
         if tolerance is not None and not tolerance >= 0:
             raise UsageFault(f"the tolerance {tolerance} is not a number from 0 up; give one such as 1e-5")

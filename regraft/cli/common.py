@@ -81,8 +81,7 @@ def as_usage() -> Iterator[None]:
 
 
 def _is_stated(error: Exception) -> bool:
-    """Whether an error's message was written for the user; classes are imported only when something
-    failed."""
+    """Whether an error's message was written for the user; classes are imported only when something failed."""
     from regraft.errors import ArtifactError, RegraftError
     from regraft.report import ReportError
 

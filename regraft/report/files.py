@@ -11,8 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and is removed when it
-    fails.
+    """A temporary path beside ``path`` that takes its place when the block ends well, and is removed when it fails.
 
     Raises ``OSError`` when the folder does not exist or cannot be written.
     """

@@ -22,8 +22,7 @@ class FiredRow:
 
 
 def fired_rows(applications: Iterable[Application]) -> list[FiredRow]:
-    """Rewrites with the same rule, pass and line once: recognised sites, then the rest, most frequent
-    first."""
+    """Rewrites with the same rule, pass and line once: recognised sites, then the rest, most frequent first."""
     groups: dict[tuple[str, str, str], list[Application]] = {}
     for item in applications:
         groups.setdefault((item.rule, item.pass_name, item.user_line), []).append(item)

@@ -41,8 +41,7 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class OperatorTotal:
-    """One operator before and after: calls and seconds; ``share_*`` are parts of the longest bar, in
-    percent."""
+    """One operator before and after: calls and seconds; ``share_*`` are parts of the longest bar, in percent."""
 
     operator: str
     calls_before: int

@@ -75,8 +75,7 @@ class Environment:
 
 @dataclass
 class Report:
-    """What ``compile`` returns as ``fast.report``; everything has a default, and fills as the compilation
-    goes on.
+    """What ``compile`` returns as ``fast.report``; everything has a default, and fills as the compilation goes on.
 
     ``phases`` are seconds by name, in order: "capture", each pass, "lowering", "verification".
     ``end_to_end_drift`` is the relative L2 error of the compiled model against the original on the example
@@ -150,8 +149,7 @@ class Report:
         return summary(self)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data that ``schema.json`` describes; numbers that JSON lacks become "inf", "-inf" or
-        "nan"."""
+        """Plain data that ``schema.json`` describes; numbers that JSON lacks become "inf", "-inf" or "nan"."""
         from regraft.report.serialize import to_json
 
         return to_json(self)

@@ -87,8 +87,7 @@ class _Observer(fx.Interpreter):
 
 
 def observed(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph:
-    """A copy of the graph whose nodes carry values as seen in one run: a lowered graph has none of its
-    own."""
+    """A copy of the graph whose nodes carry values as seen in one run: a lowered graph has none of its own."""
     observer = _Observer(module)
     with torch.no_grad():
         observer.run(*inputs, enable_io_processing=False)

@@ -1,5 +1,4 @@
-"""A report as JSON and back. ``schema.json`` beside this file describes the form; a reader rejects other
-versions."""
+"""A report as JSON and back. ``schema.json`` beside this file describes the form; a reader rejects other versions."""
 
 from __future__ import annotations
 
