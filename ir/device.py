@@ -105,13 +105,16 @@ def local_cpu(refresh: bool = False) -> Device:
     return device
 
 
-def cache_file() -> Path:
-    """Where measured devices are kept; see the module's description."""
+def cache_folder() -> Path:
+    """Where what was measured or built on this machine is kept; see the module's description."""
     override = os.environ.get("REGRAFT_CACHE_DIR")
-    if override:
-        return Path(override) / "devices.json"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "regraft" / "devices.json"
+    return Path(override) if override else Path(base) / "regraft"
+
+
+def cache_file() -> Path:
+    """Where measured devices are kept."""
+    return cache_folder() / "devices.json"
 
 
 def processor_name() -> str:

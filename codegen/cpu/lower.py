@@ -41,7 +41,6 @@ Lowering = Callable[[Context, fx.Node], Lowered | None]
 
 #: How each operator is lowered; None from a lowering means: as it is.
 LOWERINGS: dict[Any, Lowering] = {
-    ops.attention: lambda context, node: Lowered(full=lower_attention(context, node)),
     ops.rms_norm: lower_row_norm,
     aten.layer_norm.default: lower_row_norm,
     ops.add_norm: lower_add_norm,
@@ -73,6 +72,8 @@ def lower(program: Program, tuner: Tuner | None = None) -> Executable:
 def _lower_node(context: Context, node: fx.Node, tuner: Tuner) -> Lowered:
     if node.target in (aten.linear.default, ops.linear):
         return lower_linear(context, node, tuner)
+    if node.target is ops.attention:
+        return Lowered(full=lower_attention(context, node, tuner))
     special = LOWERINGS.get(node.target)
     made = special(context, node) if special is not None else None
     return made if made is not None else _as_it_is(context, node)

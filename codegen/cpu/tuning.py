@@ -1,20 +1,21 @@
-"""Choosing a kernel for a linear layer by measurement, once a shape: never on a serving path.
+"""Choosing a kernel for a linear layer or an attention site by measurement, once a shape: never on a serving path.
 
-A record is data: shape and thread count -> kernel. Records are kept for the process, and can be saved with an artifact
-and given back, so that loading measures nothing.
+A record is data: shape and thread count -> kernel. Records can be saved with an artifact and given back, so that
+loading measures nothing.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from regraft.codegen.cpu.attention_native import AttentionShape
 from regraft.codegen.cpu.context import Emitter
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
 
@@ -23,25 +24,31 @@ _LARGER_THAN_CACHES = 64 << 20  # bytes
 _NEIGHBOUR = "onednn"  # what most layers run on where it runs at all
 _WORTH_A_COPY = 0.97  # a packed weight must be this much faster than the plain one to be worth its memory
 
+Shape = LinearShape | AttentionShape
+_OPERATORS: dict[str, type[LinearShape] | type[AttentionShape]] = {"linear": LinearShape, "attention": AttentionShape}
+
 
 @dataclass(frozen=True)
 class TuningRecord:
     """One decision and what it was measured from: seconds by kernel name."""
 
-    shape: LinearShape
+    shape: Shape
     threads: int
     kernel: str
     seconds: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``tuning.jsonl``."""
-        return {**asdict(self), "shape": {**asdict(self.shape), "dtype": str(self.shape.dtype).split(".")[-1]}}
+        operator = next(name for name, kind in _OPERATORS.items() if isinstance(self.shape, kind))
+        shape = {**asdict(self.shape), "dtype": str(self.shape.dtype).split(".")[-1]}
+        return {"operator": operator, **asdict(self), "shape": shape}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> TuningRecord:
         """Inverse of :meth:`to_json`."""
         shape = {**data["shape"], "dtype": getattr(torch, data["shape"]["dtype"])}
-        return TuningRecord(LinearShape(**shape), int(data["threads"]), str(data["kernel"]), dict(data["seconds"]))
+        made = _OPERATORS[data["operator"]](**shape)
+        return TuningRecord(made, int(data["threads"]), str(data["kernel"]), dict(data["seconds"]))
 
 
 class Tuner:
@@ -54,14 +61,14 @@ class Tuner:
 
     def __init__(self, others: Sequence[Tensor] = ()) -> None:
         self._others = list(others)
-        self.records: dict[tuple[LinearShape, int], TuningRecord] = {}
+        self.records: dict[tuple[Shape, int], TuningRecord] = {}
 
     def remember(self, lines: bytes) -> None:
         """Take over decisions made before, as ``to_jsonl`` wrote them. Those for kernels that do not run here, or made
         with another number of threads, are measured again."""
         for line in lines.splitlines():
             record = TuningRecord.from_json(json.loads(line))
-            if record.kernel in applicable(record.shape):
+            if record.kernel in _names(record.shape):
                 self.records[(record.shape, record.threads)] = record
 
     def to_jsonl(self) -> bytes:
@@ -70,9 +77,17 @@ class Tuner:
 
     def choose(self, shape: LinearShape, weight: Tensor) -> str:
         """The name of the kernel for ``shape``; measured with ``weight`` when it is not known yet."""
+        return self._decide(shape, lambda: self._measure_linear(shape, weight))
+
+    def choose_attention(self, shape: AttentionShape, runs: Callable[[], Mapping[str, Callable[[], Any]]]) -> str:
+        """The name of the kernel for ``shape``; ``runs`` gives each on sample tensors where it is not known yet."""
+        return self._decide(shape, lambda: self._measure_attention(runs()))
+
+    def _decide(self, shape: Shape, measure: Callable[[], tuple[str, dict[str, float]]]) -> str:
         key = (shape, torch.get_num_threads())
         if key not in self.records:
-            self.records[key] = self._measure(shape, weight)
+            kernel, seconds = measure()
+            self.records[key] = TuningRecord(shape, key[1], kernel, seconds)
         return self.records[key].kernel
 
     def reads(self, others: Sequence[Tensor]) -> None:
@@ -87,7 +102,7 @@ class Tuner:
             tensor.sum()
             read += tensor.numel() * tensor.element_size()
 
-    def _measure(self, shape: LinearShape, weight: Tensor) -> TuningRecord:
+    def _measure_linear(self, shape: LinearShape, weight: Tensor) -> tuple[str, dict[str, float]]:
         names = applicable(shape)
         seconds: dict[str, float] = {}
         if len(names) > 1:
@@ -99,7 +114,19 @@ class Tuner:
         best = min(seconds, key=lambda name: seconds[name]) if seconds else "plain"
         if "plain" in seconds and seconds[best] > _WORTH_A_COPY * seconds["plain"]:
             best = "plain"
-        return TuningRecord(shape, torch.get_num_threads(), best, seconds)
+        return best, seconds
+
+    def _measure_attention(self, runs: Mapping[str, Callable[[], Any]]) -> tuple[str, dict[str, float]]:
+        """Keys and values come from the layer before: nothing is cold."""
+        for run in runs.values():
+            run()
+        seconds = _interleaved(dict(runs), lambda: None)
+        return min(seconds, key=lambda name: seconds[name]), seconds
+
+
+def _names(shape: Shape) -> Sequence[str]:
+    """The kernels that can run a shape here."""
+    return applicable(shape) if isinstance(shape, LinearShape) else shape.kernels()
 
 
 @dataclass

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from regraft.codegen.cpu import attention as lowering
 from regraft.codegen.cpu.lower import lower
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.ir.ops.attention import attention
 from regraft.ir.verify import relative_l2
 from tests.support import captured
@@ -18,6 +20,16 @@ from tests.support import captured
 LOWEST = torch.finfo(torch.float32).min
 BATCH, HEADS, LENGTH, KEYS, SIZE = 2, 4, 5, 5, 8
 Allowed = Callable[[int, int, int], bool]
+
+
+@pytest.fixture(autouse=True, params=["native", "sdpa"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on both kernels; what one cannot express falls to the definition."""
+    name = str(request.param)
+    if name == "native" and NATIVE.missing():
+        pytest.skip(NATIVE.missing())
+    monkeypatch.setattr(lowering, "native_can" if name == "sdpa" else "sdpa_can", lambda given: False)
+    return name
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:
@@ -215,7 +227,7 @@ def test_values_of_another_size_than_keys() -> None:
         assert_close(result, formula(query, key, wide, **options)[..., :3])
 
 
-def test_sites_with_equal_masks_make_one() -> None:
+def test_sites_with_equal_masks_make_one(kernel: str) -> None:
     given, keep = operands(), torch.ones(BATCH, KEYS)
 
     def two(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Tensor:
@@ -226,4 +238,6 @@ def test_sites_with_equal_masks_make_one() -> None:
 
     executable = lower(captured(two, (*given, keep)))
     names = [getattr(node.target, "__name__", "") for node in executable.module.graph.nodes]
-    assert names.count("mask_if") == names.count("any_padding") == 1 and names.count("attend") == 2
+    masks = ["padding_mask"] if kernel == "native" else ["mask_if", "any_padding"]
+    assert [names.count(name) for name in masks] == [1] * len(masks)
+    assert names.count(f"attend_{kernel}") == 2

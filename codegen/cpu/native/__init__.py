@@ -1,0 +1,1 @@
+"""Kernels of our own for the CPU: C++ that the machine's compiler builds once, and their launchers."""

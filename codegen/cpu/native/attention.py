@@ -1,0 +1,113 @@
+"""Launcher of ``attention.cpp``: tensors in, the struct that the kernel reads, a tensor out."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+#: What a row without a key gives, as the kernel numbers it.
+EMPTY_ROWS = {"zero": 0, "nan": 1, "mean": 2}
+
+
+class _Site(ctypes.Structure):
+    """``Site`` in ``attention.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("query", "key", "value", "mask", "slopes", "sinks", "out", "workspace")),
+        *((name, _LONG) for name in ("batch", "heads", "kv_heads", "length", "keys", "head_dim", "value_dim")),
+        *((f"{name}_strides", _LONG * 3) for name in ("query", "key", "value", "out")),
+        ("mask_strides", _LONG * 4),
+        ("starts", _POINTER),
+        ("ends", _POINTER),
+        ("interval_stride", _LONG),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("empty_rows", ctypes.c_int32),
+    )
+
+
+def attend(
+    library: ctypes.CDLL,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    intervals: Tensor | None,
+    empty_rows: str,
+) -> Tensor:
+    """Attention of ``query`` ``[batch, heads, length, head_dim]``, ``key`` and ``value`` with ``kv_heads`` heads, all
+    fp32 with any strides; the result is ``[batch, heads, length, value_dim]``, in memory ``[batch, length, heads, …]``.
+
+    ``intervals`` ``[2, batch or 1, length]``, int64, says where the keys that a query sees start and end; None is all
+    keys. ``mask`` is added to the scaled scores; it broadcasts to ``[batch, heads, length, keys]``. ``slopes`` and
+    ``sinks`` are ``[heads]``. ``empty_rows`` is a name of ``EMPTY_ROWS``.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    out = torch.empty((batch, length, heads, value_dim), dtype=query.dtype).transpose(1, 2)
+    if out.numel() == 0:
+        return out
+    query, key, value = _rows_in_order(query), _rows_in_order(key), _rows_in_order(value)
+    shown = None if mask is None else _rows_in_order(mask).expand(batch, heads, length, keys)
+    held = [None if table is None else table.reshape(-1).contiguous() for table in (slopes, sinks)]
+    floats = library.regraft_attention_workspace(
+        _LONG(batch), _LONG(kv_heads), _LONG(keys), _LONG(head_dim), _LONG(value_dim)
+    )
+    workspace = torch.empty(floats, dtype=query.dtype)
+    site = _Site(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(),
+        _address(shown), _address(held[0]), _address(held[1]), out.data_ptr(), workspace.data_ptr(),
+        batch, heads, kv_heads, length, keys, head_dim, value_dim,
+        query.stride()[:3], key.stride()[:3], value.stride()[:3], out.stride()[:3],
+        (0, 0, 0, 0) if shown is None else shown.stride(),
+        *_intervals(intervals),
+        scale, softcap, EMPTY_ROWS[empty_rows],
+    )  # fmt: skip
+    library.regraft_attention(ctypes.byref(site))
+    return out
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes what the functions take and return."""
+    library.regraft_attention_workspace.argtypes = [_LONG] * 5
+    library.regraft_attention_workspace.restype = _LONG
+    library.regraft_attention.restype = None
+
+
+def check(library: ctypes.CDLL) -> str:
+    """Empty where the library computes a causal site of grouped queries as PyTorch does, else what is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 70, 20, generator=generator) for heads in (4, 2, 2))
+    causal = torch.stack((torch.zeros(1, 70, dtype=torch.int64), torch.arange(1, 71)[None]))
+    given = attend(library, query, key, value, None, None, None, 0.3, 0.0, causal, "nan")
+    with torch.no_grad():
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+        )
+    error = float((given - wanted).norm() / wanted.norm())
+    return "" if error < 1e-5 else f"attention differs from PyTorch's by {error:.1e} on a sample"
+
+
+def _rows_in_order(tensor: Tensor) -> Tensor:
+    """The kernel takes any strides but the last, which is one (or nought, where a single column is spread)."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _intervals(intervals: Tensor | None) -> tuple[int | None, int | None, int]:
+    """Addresses of starts and ends, and the stride from batch to batch."""
+    if intervals is None:
+        return None, None, 0
+    start = intervals.data_ptr()
+    step = 0 if intervals.shape[1] == 1 else intervals.stride(1)
+    return start, start + intervals.stride(0) * intervals.element_size(), step
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

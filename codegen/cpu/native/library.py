@@ -1,0 +1,187 @@
+"""The native kernels as a loaded library: built once a machine by its own C++ compiler, kept in the user's cache.
+
+Sources lie beside this file, depend on nothing but the C++ standard library and OpenMP, and are compiled for the
+processor at hand in a second or two; no header of PyTorch is read, which would take twenty. They share PyTorch's OpenMP
+runtime, and with it its threads. Where there is no compiler, or what it builds does not compute attention's formula,
+``missing()`` says why, and PyTorch's own kernels run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from regraft.ir.device import cache_folder
+
+_LOG = logging.getLogger("regraft")
+_FOLDER = Path(__file__).parent
+_SOURCES = ("attention.cpp", "rowwise.cpp", "experts.cpp")
+_HEADERS = ("vector.h",)
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
+_COMPILERS = ("g++", "clang++", "c++")
+_RUNTIMES = re.compile(r"/lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*$")
+_SECONDS = 120
+
+
+class Unavailable(RuntimeError):
+    """Why there are no native kernels here."""
+
+
+class NativeLibrary:
+    """The build under way or done. ``start`` returns at once; the first ``library`` waits for it.
+
+    ``check`` says what is wrong with a loaded library, or nothing.
+    """
+
+    def __init__(self, check: Callable[[ctypes.CDLL], str]) -> None:
+        self._check = check
+        self._future: Future[ctypes.CDLL] | None = None
+        self._library: ctypes.CDLL | None = None
+
+    def start(self) -> None:
+        """Build or load in the background."""
+        if self._future is None:
+            pool = ThreadPoolExecutor(1, "regraft-native")
+            self._future = pool.submit(self._load)
+            pool.shutdown(wait=False)
+
+    def library(self) -> ctypes.CDLL:
+        """The library; raises ``Unavailable`` where there is none."""
+        if self._library is None:
+            self._library = self._done().result()
+        return self._library
+
+    def missing(self) -> str:
+        """Empty where the library is there, else why not."""
+        error = None if self._library is not None else self._done().exception()
+        return "" if error is None else str(error)
+
+    def _done(self) -> Future[ctypes.CDLL]:
+        self.start()
+        assert self._future is not None
+        return self._future
+
+    def _load(self) -> ctypes.CDLL:
+        try:
+            return self._load_or_build()
+        except Unavailable as reason:
+            _LOG.info("no native kernels: %s", reason)
+            raise
+
+    def _load_or_build(self) -> ctypes.CDLL:
+        if os.environ.get("REGRAFT_NATIVE") == "0":
+            raise Unavailable("the environment has REGRAFT_NATIVE=0")
+        runtime = _openmp_runtime()
+        reasons = []
+        for compiler in _compilers():
+            try:
+                return self._with(compiler, runtime)
+            except Unavailable as reason:
+                reasons.append(str(reason))
+        raise Unavailable("; ".join(reasons) or f"no C++ compiler was found ({', '.join(_COMPILERS)})")
+
+    def _with(self, compiler: Path, runtime: Path) -> ctypes.CDLL:
+        path = _private_folder() / f"native-{_key(compiler, runtime)}.so"
+        if not path.is_file():
+            _build(compiler, runtime, path)
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise Unavailable(f"what {compiler.name} built cannot be loaded ({error})") from error
+        wrong = self._check(loaded)
+        if wrong:
+            raise Unavailable(f"what {compiler.name} built is wrong: {wrong}")
+        return loaded
+
+
+def _compilers() -> Iterator[Path]:
+    named = os.environ.get("CXX")
+    for name in (named,) if named else _COMPILERS:
+        found = shutil.which(name)
+        if found is not None:
+            yield Path(found)
+
+
+def _openmp_runtime() -> Path:
+    """The OpenMP runtime that PyTorch has loaded: a second one would bring a second pool of threads."""
+    torch.get_num_threads()
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        raise Unavailable(f"native kernels are built on Linux only, and this is {platform.system()}") from None
+    for line in maps.splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if _RUNTIMES.search(path):
+            return Path(path)
+    raise Unavailable("PyTorch runs without OpenMP here")
+
+
+def _private_folder() -> Path:
+    """The cache folder if nobody else may write there, because code is loaded from it; else a folder of this process
+    alone."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        held = folder.stat()
+        if held.st_uid == os.getuid() and not held.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="regraft-"))
+
+
+def _key(compiler: Path, runtime: Path) -> str:
+    """What a build depends on: sources, flags, compiler, OpenMP runtime and processor."""
+    digest = hashlib.sha256()
+    for name in (*_SOURCES, *_HEADERS):
+        digest.update((_FOLDER / name).read_bytes())
+    held = compiler.resolve().stat()
+    parts = (*_FLAGS, str(compiler.resolve()), str(held.st_size), str(held.st_mtime_ns), str(runtime), _processor())
+    digest.update("\0".join(parts).encode())
+    return digest.hexdigest()[:20]
+
+
+def _processor() -> str:
+    """Name and instruction sets: ``-march=native`` means these."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _build(compiler: Path, runtime: Path, path: Path) -> None:
+    """Compile the sources side by side and link them; the library appears at ``path`` whole or not at all."""
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+        objects = [Path(folder) / f"{name}.o" for name in _SOURCES]
+        commands = [
+            [str(compiler), *_FLAGS, native, "-c", str(_FOLDER / name), "-o", str(made)]
+            for name, made in zip(_SOURCES, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(commands)) as pool:
+            list(pool.map(_run, commands))
+        linked = Path(folder) / path.name
+        _run([str(compiler), "-shared", *map(str, objects), str(runtime), "-o", str(linked)])
+        linked.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    name = Path(command[0]).name
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{name} could not be run ({type(error).__name__})") from error
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise Unavailable(f"{name} failed: {said.strip()}")

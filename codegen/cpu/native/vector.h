@@ -1,0 +1,143 @@
+// Vectors of the machine's width, and the small matrix product that all kernels here are built on.
+// GCC and Clang compile vector types to whatever the machine has; no intrinsics are needed.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_VECTORS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE_VECTORS = 2;
+#else
+constexpr int LANES = 4, TILE_VECTORS = 4;
+#endif
+// TILE_ROWS * TILE_VECTORS accumulators, TILE_VECTORS operands and one broadcast fill the vector registers.
+constexpr int TILE_ROWS = 6;
+constexpr int PANEL = LANES * TILE_VECTORS;  // columns of a packed panel
+constexpr int64_t DEPTH_BLOCK = 512;         // rows of a panel that stay in the second cache
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t int_vec __attribute__((vector_size(LANES * 4)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *from) { return *(const unaligned_vec *)from; }
+INLINE void store(float *to, vec x) { *(unaligned_vec *)to = x; }
+INLINE vec splat(float x) { return x - vec{}; }
+INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
+INLINE vec smaller(vec a, vec b) { return a < b ? a : b; }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+INLINE float largest(vec x) {
+    float found = x[0];
+    for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
+    return found;
+}
+
+INLINE float sum(vec x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+// The first `count` elements, zeros behind them.
+INLINE vec load_part(const float *from, int64_t count) {
+    float held[LANES] = {};
+    for (int64_t i = 0; i < count; i++) held[i] = from[i];
+    return load(held);
+}
+
+INLINE void store_part(float *to, vec x, int64_t count) {
+    float held[LANES];
+    store(held, x);
+    for (int64_t i = 0; i < count; i++) to[i] = held[i];
+}
+
+// 2^x for x <= 127, to 2 ulp; 0 below the smallest normal number; NaN stays NaN. Round to n, polynomial for 2^(x-n)
+// (minimax on [-1/2, 1/2]), n into the exponent.
+INLINE vec exp2_of(vec x) {
+    const vec low = splat(-126.0f), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    vec kept = x < low ? low : x;
+    vec shifted = kept + magic;
+    vec r = kept - (shifted - magic);
+    vec p = splat(1.535336188319500e-4f);
+    p = p * r + splat(1.339887440266574e-3f);
+    p = p * r + splat(9.618437357674640e-3f);
+    p = p * r + splat(5.550332471162809e-2f);
+    p = p * r + splat(2.402264791363012e-1f);
+    p = p * r + splat(6.931472028550421e-1f);
+    p = p * r + splat(1.0f);
+    vec result = (vec)((int_vec)p + ((int_vec)shifted << 23));
+    return x < low ? splat(0.0f) : result;
+}
+
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// x * sigmoid(x). Where exp(-x) would overflow the result is zero, as it is in the limit.
+INLINE vec silu(vec x) {
+    vec power = smaller(x * splat(-LOG2_E), splat(126.0f));
+    return x / (splat(1.0f) + exp2_of(power));
+}
+
+// out[R, vectors * LANES] = (add ? out : 0) + a[R, depth] @ b[depth, ...]; rows of each are a stride apart.
+template <int R, int V>
+INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, float *out,
+                 int64_t out_stride, bool add) {
+    vec total[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) total[r][v] = add ? load(out + r * out_stride + v * LANES) : vec{};
+    for (int64_t d = 0; d < depth; d++) {
+        vec row[V];
+        for (int v = 0; v < V; v++) row[v] = load(b + d * b_stride + v * LANES);
+        for (int r = 0; r < R; r++) {
+            vec x = splat(a[r * a_stride + d]);
+            for (int v = 0; v < V; v++) total[r][v] += x * row[v];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(out + r * out_stride + v * LANES, total[r][v]);
+}
+
+template <int V>
+static void tile_of_width(int rows, const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth,
+                          float *out, int64_t out_stride, bool add) {
+    switch (rows) {
+    case 2 * TILE_ROWS:
+        if constexpr (2 * V <= TILE_VECTORS) return tile<2 * TILE_ROWS, V>(a, a_stride, b, b_stride, depth, out, out_stride, add);
+        break;
+    case 1: return tile<1, V>(a, a_stride, b, b_stride, depth, out, out_stride, add);
+    case 2: return tile<2, V>(a, a_stride, b, b_stride, depth, out, out_stride, add);
+    case 3: return tile<3, V>(a, a_stride, b, b_stride, depth, out, out_stride, add);
+    case 4: return tile<4, V>(a, a_stride, b, b_stride, depth, out, out_stride, add);
+    case 5: return tile<5, V>(a, a_stride, b, b_stride, depth, out, out_stride, add);
+    default: return tile<6, V>(a, a_stride, b, b_stride, depth, out, out_stride, add);
+    }
+}
+
+// The same for any number of rows and up to PANEL columns, a multiple of LANES.
+INLINE void product(int64_t rows, int64_t columns, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
+                    int64_t depth, float *out, int64_t out_stride, bool add) {
+    for (int64_t d = 0; d < depth; d += DEPTH_BLOCK, add = true) {
+        int64_t length = smaller(DEPTH_BLOCK, depth - d);
+        int height;
+        for (int64_t r = 0; r < rows; r += height) {
+            height = (int)smaller((int64_t)TILE_ROWS, rows - r);
+            if (2 * columns <= PANEL && rows - r >= 2 * TILE_ROWS) height = 2 * TILE_ROWS;
+            const float *left = a + r * a_stride + d, *right = b + d * b_stride;
+            float *to = out + r * out_stride;
+            switch (columns / LANES) {
+            case 1: tile_of_width<1>(height, left, a_stride, right, b_stride, length, to, out_stride, add); break;
+            case 2: tile_of_width<2>(height, left, a_stride, right, b_stride, length, to, out_stride, add); break;
+#if defined(__AVX512F__) || !defined(__AVX__)
+            case 3: tile_of_width<3>(height, left, a_stride, right, b_stride, length, to, out_stride, add); break;
+            case 4: tile_of_width<4>(height, left, a_stride, right, b_stride, length, to, out_stride, add); break;
+#endif
+            }
+        }
+    }
+}
