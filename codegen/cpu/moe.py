@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from regraft.codegen.cpu.native import experts
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.ir.ops.moe import GateFunction
 
 _ROWS_APART = 64
@@ -72,33 +74,47 @@ def pack_moe(
     alpha: float = 1.0,
     limit: float | None = None,
     up_offset: float = 0.0,
-) -> PackedMoe:
+) -> PackedMoe | experts.PackedExperts:
     """Prepare the weights of ``regraft::moe``; the arguments are the operator's. Weights that are stored the
     right way are not copied. Raises ``ValueError`` for a layout that is not known."""
     function = GateFunction(activation, layout, alpha, limit, up_offset)
     if not transposed:
         first, down = first.transpose(1, 2), down.transpose(1, 2)
         up = None if up is None else up.transpose(1, 2)
-    first = _gate_first(first.detach(), up, layout)
+    first, down, up = first.detach(), down.detach(), None if up is None else up.detach()
+    settled = replace(function, layout="single" if layout == "single" else "separate")
+    if settled == _SWIGLU and first.dtype == torch.float32 and not NATIVE.missing():
+        gates = _halves(first, up, layout)
+        gate_bias, up_bias = (None, None) if first_bias is None else _halves(first_bias, up_bias, layout)
+        return experts.pack(NATIVE.library(), *gates, down, gate_bias, up_bias, down_bias)
+    first = _gate_first(first, up, layout)
     if first_bias is not None:
         first_bias = _gate_first(first_bias.detach(), up_bias, layout).contiguous()
-    settled = replace(function, layout="single" if layout == "single" else "separate")
-    return PackedMoe(first.contiguous(), down.detach().contiguous(), first_bias, down_bias, settled)
+    return PackedMoe(first.contiguous(), down.contiguous(), first_bias, down_bias, settled)
+
+
+def _halves(first: Tensor, up: Tensor | None, layout: str) -> tuple[Tensor, Tensor]:
+    """The columns of the gate, and those of up."""
+    if layout == "separate":
+        assert up is not None
+        return first, up
+    if layout == "interleaved":
+        return first[..., ::2], first[..., 1::2]
+    one, other = first.chunk(2, -1)
+    return (one, other) if layout == "gate_up" else (other, one)
 
 
 def _gate_first(first: Tensor, up: Tensor | None, layout: str) -> Tensor:
     """The columns of the gate, then those of up."""
-    if layout == "separate" and up is not None:
-        return torch.cat([first, up.detach()], -1)
-    if layout == "interleaved":
-        return torch.cat([first[..., ::2], first[..., 1::2]], -1)
-    return first.roll(first.shape[-1] // 2, -1) if layout == "up_gate" else first
+    return first if layout in ("single", "gate_up") else torch.cat(_halves(first, up, layout), -1)
 
 
-def run_moe(packed: PackedMoe, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+def run_moe(packed: PackedMoe | experts.PackedExperts, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """``regraft::moe`` of ``hidden [tokens, hidden]`` by ``index`` and ``weight [tokens, top_k]``."""
     common = torch.promote_types(hidden.dtype, weight.dtype)
     shares = weight.to(torch.promote_types(common, torch.float32))
+    if isinstance(packed, experts.PackedExperts):
+        return experts.run(NATIVE.library(), packed, hidden, index, shares)
     if hidden.shape[0] == 1:
         return _one_token(packed, hidden, index, shares).to(common)
     ids, order = torch.sort(index.reshape(-1))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from regraft.codegen.cpu.context import Context, Lowered
+from regraft.codegen.cpu.native import rowwise as native
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.ir import ops
 from regraft.ir.nodes import arguments, dtype, rank, shape, sizes_equal
 from regraft.ir.ops.activation import activate
@@ -67,6 +69,35 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return opened.mul_(up) if opened.dtype == torch.promote_types(gate.dtype, up.dtype) else opened * up
 
 
+def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str) -> Tensor:
+    """RMSNorm in fp32, where all flavours agree."""
+    return native.rms_norm(NATIVE.library(), x, None, weight, eps, offset)[0]
+
+
+def add_rms_norm_native(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: None, eps: float, kind: str, offset: float, cast: str
+) -> tuple[Tensor, Tensor]:
+    """The sum and its RMSNorm in fp32: each row is read once."""
+    normed, total = native.rms_norm(NATIVE.library(), x, residual, weight, eps, offset)
+    assert total is not None
+    return normed, total
+
+
+def rope_native(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
+    """Rotary embedding of paired halves in fp32, ``x`` ``[batch, heads, length, head_dim]``."""
+    return native.rope(NATIVE.library(), x, cos, sin, rotary_dim)
+
+
+def silu_glu_native(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """silu(gate) * up in fp32."""
+    return native.silu_glu(NATIVE.library(), gate, up)
+
+
+def _native_can(*operands: fx.Node | None) -> bool:
+    """Whether there are native kernels, which take fp32 only."""
+    return all(dtype(node) == torch.float32 for node in operands if node is not None) and not NATIVE.missing()
+
+
 def lower_row_norm(context: Context, node: fx.Node) -> Lowered:
     """layer_norm or rms_norm over the last dim, on the flat form where there is one."""
     given = arguments(node)
@@ -86,7 +117,8 @@ def lower_row_norm(context: Context, node: fx.Node) -> Lowered:
             given["eps"],
         )
     else:
-        out = context.call(rms_norm, source, optional["weight"], given["eps"], given["offset"], given["cast"])
+        norm = rms_norm_native if _native_can(x, given["weight"]) else rms_norm
+        out = context.call(norm, source, optional["weight"], given["eps"], given["offset"], given["cast"])
     return Lowered(flat=out, fresh=True) if on_flat else Lowered(full=out, fresh=True)
 
 
@@ -111,7 +143,8 @@ def lower_glu(context: Context, node: fx.Node) -> Lowered:
     assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
     flat = context.has_flat(gate) and context.has_flat(up) and _alike(gate, up)
     args = [(context.flat if flat else context.value)(operand) for operand in (gate, up)]
-    out = context.call(glu, *args, activation)
+    fast = activation == "silu" and _alike(gate, up) and _native_can(gate, up)
+    out = context.call(silu_glu_native if fast else glu, *args, activation)
     return Lowered(flat=out, fresh=True) if flat else Lowered(full=out, fresh=True)
 
 
@@ -122,7 +155,10 @@ def lower_rope(context: Context, node: fx.Node) -> Lowered:
     # In low precision the definition keeps the source's roundings, on which a router's choice may hang.
     wide = dtype(node) == torch.float32 and all(dtype(given[name]) == torch.float32 for name in ("x", "cos", "sin"))
     if wide and given["layout"] == "half" and isinstance(given["rotary_dim"], int):
-        return Lowered(full=context.call(rope_half, *operands, given["rotary_dim"]), fresh=True)
+        native_can = rank(node) == 4 and sizes_equal(shape(node), shape(given["x"])) and _native_can(node)
+        return Lowered(
+            full=context.call(rope_native if native_can else rope_half, *operands, given["rotary_dim"]), fresh=True
+        )
     reference: Callable[..., Any] = ops.OPERATORS[node.target].reference
     return Lowered(full=context.call(reference, *operands, given["rotary_dim"], given["layout"]), fresh=True)
 
@@ -133,7 +169,9 @@ def lower_add_norm(context: Context, node: fx.Node) -> Lowered:
     operands = [context.value(given[name]) for name in ("x", "residual")]
     optional = [None if given[name] is None else context.value(given[name]) for name in ("weight", "bias")]
     options = [given[name] for name in ("eps", "kind", "offset", "cast")]
-    return Lowered(full=context.call(add_norm, *operands, *optional, *options))
+    alike = sizes_equal(shape(given["x"]), shape(given["residual"])) and given["bias"] is None
+    fast = given["kind"] == "rms_norm" and alike and _native_can(given["x"], given["residual"], given["weight"])
+    return Lowered(full=context.call(add_rms_norm_native if fast else add_norm, *operands, *optional, *options))
 
 
 def add_norm(

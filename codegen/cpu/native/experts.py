@@ -45,6 +45,21 @@ def declare(library: ctypes.CDLL) -> None:
     library.regraft_experts.restype = None
 
 
+def pack(
+    library: ctypes.CDLL,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> PackedExperts:
+    """Weights ``[experts, in, out]`` and biases ``[experts, out]``, any strides, as the kernel reads them."""
+    biases = [None if bias is None else bias.detach().float().contiguous() for bias in (gate_bias, up_bias, down_bias)]
+    packed = [panels(library, weight) for weight in (gate, up, down)]
+    return PackedExperts(packed[0], packed[1], packed[2], biases[0], biases[1], biases[2], gate.shape[2])
+
+
 def panels(library: ctypes.CDLL, weight: Tensor) -> Tensor:
     """``weight`` ``[experts, in, out]`` as ``[experts, panels, in, panel]``."""
     width = int(library.regraft_panel())

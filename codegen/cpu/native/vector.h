@@ -78,10 +78,11 @@ INLINE vec exp2_of(vec x) {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// x * sigmoid(x). Where exp(-x) would overflow the result is zero, as it is in the limit.
+// x / (1 + exp(-x)); exp overflows to infinity, so that the result ends at zero, and at NaN for minus infinity.
 INLINE vec silu(vec x) {
-    vec power = smaller(x * splat(-LOG2_E), splat(126.0f));
-    return x / (splat(1.0f) + exp2_of(power));
+    vec power = x * splat(-LOG2_E);
+    vec below = splat(1.0f) + exp2_of(smaller(power, splat(127.0f)));
+    return x / (power > splat(127.0f) ? splat(INFINITY) : below);
 }
 
 // out[R, vectors * LANES] = (add ? out : 0) + a[R, depth] @ b[depth, ...]; rows of each are a stride apart.

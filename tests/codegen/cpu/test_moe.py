@@ -8,10 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from regraft.codegen.cpu.moe import pack_moe, run_moe
+from regraft.codegen.cpu.moe import PackedMoe, pack_moe, run_moe
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.ir.ops.moe import reference
 
 EXPERTS, HIDDEN, INNER = 3, 8, 6
+
+
+@pytest.fixture(autouse=True, params=["native", "products"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with the native kernel, which takes fp32 with a SiLU gate, and without it."""
+    name = str(request.param)
+    if name == "native" and NATIVE.missing():
+        pytest.skip(NATIVE.missing())
+    if name == "products":
+        monkeypatch.setattr(NATIVE, "missing", lambda: "not wanted")
+    return name
 
 
 def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,6 +58,15 @@ def test_separate_projections_with_biases(tokens: int) -> None:
     agree(routed(tokens), gate, down, gate.flip(0), *biases, layout="separate")
 
 
+@pytest.mark.parametrize(("hidden", "inner"), [(17, 1), (65, 130), (600, 70)])
+def test_sizes_that_are_no_multiple_of_a_vector(hidden: int, inner: int) -> None:
+    tokens, top_k = 37, 2
+    index = torch.randint(0, EXPERTS, (tokens, top_k), generator=torch.Generator().manual_seed(1))
+    routing = draw(2 * tokens, hidden)[::2], index, draw(tokens, top_k)  # every other row: the stride is twice as long
+    biases = draw(EXPERTS, 2 * inner), draw(EXPERTS, hidden)
+    agree(routing, draw(EXPERTS, 2 * inner, hidden), draw(EXPERTS, hidden, inner), None, *biases)
+
+
 @pytest.mark.parametrize("tokens", [1, 200])
 def test_clamped_gates_stored_transposed(tokens: int) -> None:
     first, down = draw(EXPERTS, HIDDEN, 2 * INNER), draw(EXPERTS, INNER, HIDDEN)
@@ -70,7 +91,10 @@ def test_pairs_of_experts_that_are_not_held_add_nothing(tokens: int) -> None:
         agree((hidden, shifted, weight), draw(EXPERTS, 2 * INNER, HIDDEN), draw(EXPERTS, HIDDEN, INNER))
 
 
-def test_weights_that_lie_right_are_not_copied() -> None:
+def test_weights_that_lie_right_are_not_copied(kernel: str) -> None:
+    if kernel == "native":
+        pytest.skip("the native kernel packs its weights")
     first, down = draw(EXPERTS, HIDDEN, 2 * INNER), draw(EXPERTS, INNER, HIDDEN)
     packed = pack_moe(first, down, transposed=True)
+    assert isinstance(packed, PackedMoe)
     assert packed.first.data_ptr() == first.data_ptr() and packed.down.data_ptr() == down.data_ptr()

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from regraft.codegen.cpu.rowwise import add_norm, glu, rms_norm, rope_half
+from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.rowwise import (
+    add_norm,
+    add_rms_norm_native,
+    glu,
+    rms_norm,
+    rms_norm_native,
+    rope_half,
+    rope_native,
+    silu_glu_native,
+)
 from regraft.ir.ops.activation import ACTIVATIONS, activate
 from regraft.ir.verify import relative_l2
+
+needs_native = pytest.mark.skipif(bool(NATIVE.missing()), reason=NATIVE.missing())
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:
@@ -28,13 +42,31 @@ def test_a_gate_of_lower_precision_takes_the_wider_type() -> None:
     assert glu(draw(3, 8).bfloat16(), draw(3, 8), "silu").dtype == torch.float32
 
 
-@pytest.mark.parametrize("weight", [None, draw(8, seed=2)])
+@needs_native
+@pytest.mark.parametrize("size", [1, 8, 37, 200])
+def test_native_gates_of_any_size_and_stride(size: int) -> None:
+    both = draw(3, 2 * size) * 30
+    gate, up = both.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate.double()) * up.double()
+    assert relative_l2(silu_glu_native(gate, up, "silu").double(), expected) <= 1e-6
+
+
+@needs_native
+def test_native_gates_at_the_ends_of_the_number_line() -> None:
+    gate = torch.tensor([[0.0, -100.0, 100.0, -3e38, 3e38, float("nan"), float("inf"), -float("inf")]])
+    given = silu_glu_native(gate, torch.ones_like(gate), "silu")
+    torch.testing.assert_close(given, torch.nn.functional.silu(gate), equal_nan=True)
+
+
+@pytest.mark.parametrize("function", [rms_norm, pytest.param(rms_norm_native, marks=needs_native)])
+@pytest.mark.parametrize("size", [8, 37, 200])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_rms_norms(offset: float, weight: Tensor | None) -> None:
-    x = draw(3, 8)
+def test_rms_norms(offset: float, weighted: bool, size: int, function: Callable[..., Tensor]) -> None:
+    x, weight = draw(6, size)[::2], draw(size, seed=2) if weighted else None
     scale = 1.0 if weight is None else weight.double() + offset
     expected = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5) * scale
-    assert relative_l2(rms_norm(x, weight, 1e-5, offset, "late").double(), expected) <= 1e-6
+    assert relative_l2(function(x, weight, 1e-5, offset, "late").double(), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
@@ -49,10 +81,22 @@ def test_a_sum_and_its_norm(kind: str) -> None:
     assert relative_l2(total.double(), wide) <= 1e-7
 
 
+@needs_native
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 37), (1, 200)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_native_sum_and_its_norm(weighted: bool, shape: tuple[int, ...]) -> None:
+    x, residual, weight = draw(*shape), draw(*shape, seed=1), draw(shape[-1], seed=2) if weighted else None
+    given = add_rms_norm_native(x, residual, weight, None, 1e-5, "rms_norm", 1.0, "late")
+    expected = add_norm(x.double(), residual.double(), None if weight is None else weight.double(), None, 1e-5,
+                        "rms_norm", 1.0, "late")  # fmt: skip
+    assert all(relative_l2(a.double(), b) <= 1e-6 for a, b in zip(given, expected, strict=True))
+
+
+@pytest.mark.parametrize("function", [rope_half, pytest.param(rope_native, marks=needs_native)])
 @pytest.mark.parametrize("rotary_dim", [8, 4])
 @pytest.mark.parametrize("wide_tables", [True, False])
 @pytest.mark.parametrize("layout", ["dense", "transposed"])
-def test_rope_of_halves(layout: str, wide_tables: bool, rotary_dim: int) -> None:
+def test_rope_of_halves(layout: str, wide_tables: bool, rotary_dim: int, function: Callable[..., Tensor]) -> None:
     """Element i of the first half turns with element i of the second by its position's angle."""
     x = draw(2, 3, 5, 8)
     if layout == "transposed":
@@ -60,8 +104,19 @@ def test_rope_of_halves(layout: str, wide_tables: bool, rotary_dim: int) -> None
     half = rotary_dim // 2
     angles = torch.arange(5.0)[:, None] * (0.3 ** torch.arange(half))
     tables = torch.cat([angles, angles], -1) if wide_tables else angles
-    result = rope_half(x, tables.cos(), tables.sin(), rotary_dim)
+    result = function(x, tables.cos(), tables.sin(), rotary_dim)
     paired = torch.complex(x[..., :half].double(), x[..., half:rotary_dim].double())
     turned = paired * torch.polar(torch.ones_like(angles).double(), angles.double())
     expected = torch.cat([turned.real, turned.imag, x[..., rotary_dim:].double()], -1)
     assert relative_l2(result.double(), expected) <= 1e-6
+
+
+@needs_native
+@pytest.mark.parametrize("pairs", [3, 16, 40])
+def test_native_rope_of_many_sizes_with_a_table_a_batch(pairs: int) -> None:
+    """Also: a table that differs from batch to batch, and the result lies in memory as the input does."""
+    x = draw(2, 5, 3, 2 * pairs + 1).transpose(1, 2)
+    cos, sin = draw(2, 1, 5, 2 * pairs, seed=1), draw(2, 1, 5, 2 * pairs, seed=2)
+    given = rope_native(x, cos, sin, 2 * pairs)
+    assert relative_l2(given, rope_half(x, cos, sin, 2 * pairs)) <= 1e-6
+    assert given.stride() == x.stride()
