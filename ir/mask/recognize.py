@@ -31,11 +31,12 @@ from regraft.ir.mask.expression import (
     Index,
     Load,
     build_sum,
+    choices,
     linear,
 )
 from regraft.ir.mask.interpret import Interpreter, fake, size_expression
 from regraft.ir.mask.length import ZERO_LENGTH, Length
-from regraft.ir.mask.logic import and_, not_
+from regraft.ir.mask.logic import and_, boolean, not_
 from regraft.ir.mask.predicate import (
     EVERYTHING,
     And,
@@ -141,10 +142,11 @@ def recognize_condition(
     interpreter: Interpreter | None = None,
 ) -> MaskForm | Refusal:
     """The form of ``where(condition, scores, fill)``, or of ``masked_fill(scores, condition, fill)`` with
-    ``masked_where_true``; ``dtype`` is that of the scores. The caller's scores are replaced, not added to."""
+    ``masked_where_true``; ``dtype`` is that of the scores. The caller's scores are replaced, not added to. A condition
+    that is no boolean must be proved to hold 0 and 1 only."""
     value = fake(condition)
-    if value is None or value.dtype != torch.bool:
-        return Refusal(f"{condition.name} is not a boolean tensor")
+    if value is None:
+        return Refusal(f"{condition.name}, which is no tensor")
     describer = Describer(interpreter or Interpreter(condition.graph), query_length, key_length)
     if not describer.fits(condition):
         shape = tuple(str(extent) for extent in value.shape)
@@ -152,6 +154,11 @@ def recognize_condition(
             f"{condition.name} of shape {shape} does not broadcast to queries {query_length}, keys {key_length}"
         )
     expression = describer.interpreter.expression(condition)
+    if value.dtype != torch.bool:
+        values = choices(expression)
+        if values is None or not set(values) <= {0, 1}:
+            return Refusal(f"{condition.name}, which may hold other numbers than 0 and 1")
+        expression = boolean(expression)
     try:  # the condition itself is a node, so that it can be kept as Dense whatever it is
         predicate = describer.predicate(expression)
     except Unknown:

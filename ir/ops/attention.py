@@ -52,7 +52,6 @@ def reference(
     if slopes is not None:
         distance = torch.arange(key_length, device=query.device) - torch.arange(length, device=query.device)[:, None]
         scores = scores + slopes.to(wide)[:, None, None] * distance
-    allowed = None
     if mask != "all":
         batch, heads = query.shape[:2]
         allowed = to_dense(parse(mask), mask_tensors, batch, heads, length, key_length, query.device)
@@ -62,8 +61,8 @@ def reference(
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    if empty_rows == "zero" and allowed is not None and mask_fill is None and sinks is None:
-        weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    if empty_rows == "zero" and sinks is None:
+        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
     return (weights @ values).to(query.dtype)
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from regraft.ir.exactness import Exactness
 from regraft.ir.nodes import Builder, arguments, dtype, is_tensor, rank, shape, sizes_equal
-from regraft.ir.pattern import either, operator
+from regraft.ir.pattern import either, operator, where
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.canonicalize.identity import identity
 
@@ -32,6 +32,8 @@ _TENSOR_FORM: dict[Any, Any] = {
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__and__.Scalar: aten.bitwise_and.Scalar,
     aten.__or__.Scalar: aten.bitwise_or.Scalar,
+    aten.max.other: aten.maximum.default,
+    aten.min.other: aten.minimum.default,
 }
 
 
@@ -82,6 +84,13 @@ def _unit(node: fx.Node, unit: int) -> fx.Node | None:
         if dtype(x) == dtype(node) and not (x.op == "placeholder" and any(u.op == "output" for u in node.users)):
             return x
     return None
+
+
+@identity(aten.clamp_min.default, aten.clamp_max.default)
+def one_bound_is_clamp(node: fx.Node, build: Builder) -> fx.Node | None:
+    """clamp_min(x, c) is clamp(x, c), clamp_max(x, c) is clamp(x, None, c)."""
+    x, bound = node.args
+    return build.call(aten.clamp.default, x, *((bound,) if node.target is aten.clamp_min.default else (None, bound)))
 
 
 @identity(aten.rsub.Tensor)
@@ -158,25 +167,56 @@ class ConstantOperand(Rule):
     exactness = Exactness.BITWISE
     quiet = True
 
-    def pattern(self, x: Any, other: Any) -> Any:
-        return either(*(operator(target)(x, other) for target in _WITH_NUMBERS))
+    def pattern(self, left: Any, right: Any) -> Any:
+        return either(*(operator(target)(left, right) for target in (*_WITH_NUMBERS, *_BOUNDS)))
 
     def check(self, match: Match) -> Iterator[Requirement]:
-        constant = _constant_value(match)
-        yield need(constant is not None, "the operand is no constant", at=match.other)
-        yield need(rank(match.x) > 0 and dtype(match.x) == dtype(match.root), "the constant decides the type")
-        match.facts["number"] = constant
+        orders = [(match.left, match.right)]
+        if match.root.target in _COMMUTATIVE:
+            orders.append((match.right, match.left))
+        found = ((x, _constant_value(match, other)) for x, other in orders)
+        x, number = next((pair for pair in found if pair[1] is not None), (match.left, None))
+        yield need(number is not None, "neither operand is a constant")
+        yield need(rank(x) > 0 and dtype(x) == dtype(match.root), "the constant decides the type")
+        match.facts["operands"] = x, number
 
     def replace(self, match: Match, build: Builder) -> Replacement:
-        return build.call(match.root.target, match.x, match.facts["number"])  # type: ignore[arg-type]
+        x, number = match.facts["operands"]
+        if match.root.target in _BOUNDS:
+            bounds = (number,) if match.root.target is aten.maximum.default else (None, number)
+            return build.call(aten.clamp.default, x, *bounds)
+        return build.call(match.root.target, x, number)  # type: ignore[arg-type]
 
 
-#: Commutative operators have the constant second by now, or read two tensors.
 _WITH_NUMBERS = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
+_BOUNDS = (aten.maximum.default, aten.minimum.default)
+_COMMUTATIVE = (aten.mul.Tensor, aten.add.Tensor, *_BOUNDS)
 
 
-def _constant_value(match: Match) -> float | int | None:
-    node = match.other
+class ConstantChoice(Rule):
+    """where(condition, x, number) with the number in a tensor without dims, and the same with its sides swapped."""
+
+    exactness = Exactness.BITWISE
+    quiet = True
+
+    def pattern(self, condition: Any, left: Any, right: Any) -> Any:
+        return where(condition, left, right)
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        sides = _constant_value(match, match.left), _constant_value(match, match.right)
+        yield need((sides[0] is None) != (sides[1] is None), "not exactly one side is a constant")
+        x = match.right if sides[1] is None else match.left
+        yield need(rank(x) > 0 and dtype(x) == dtype(match.root), "the constant decides the type")
+        match.facts["sides"] = sides
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        first, second = match.facts["sides"]
+        if second is None:
+            return build.call(aten.where.ScalarSelf, match.condition, first, match.right)
+        return build.call(aten.where.ScalarOther, match.condition, match.left, second)
+
+
+def _constant_value(match: Match, node: fx.Node) -> float | int | None:
     if rank(node) != 0:
         return None
     name = match.weight_name(node)
@@ -196,11 +236,13 @@ def _plain(number: Any) -> float | int | None:
 SPELLINGS = (
     tensor_form,
     ConstantOperand(),
+    ConstantChoice(),
     number_second,
     square_of_product,
     square_is_power,
     plus_zero,
     times_one,
+    one_bound_is_clamp,
     reversed_subtraction,
     masked_fill_is_where,
     negative_dim,

@@ -33,7 +33,8 @@ from regraft.ir.pattern import (
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.recognize import attention_examples as shown
 from regraft.passes.recognize.heads import Heads, build_attention, read_heads
-from regraft.passes.recognize.scores import Masks, Refused, Scores, read_masks, read_scores
+from regraft.passes.recognize.masks import Masks, read_masks
+from regraft.passes.recognize.scores import Refused, Scores, read_scores
 
 aten = torch.ops.aten
 where_other = Operator((aten.where.ScalarOther,))
@@ -41,6 +42,8 @@ where_self = Operator((aten.where.ScalarSelf,))
 row_maximum = Operator((aten.max.dim,))
 first_of = Operator((python_operator.getitem,))
 amax = Operator((aten.amax.default,))
+from_number = Operator((aten.rsub.Scalar,))
+at_least = Operator((aten.clamp.default,))
 
 
 def _softcapped(scores: Any) -> Any:
@@ -50,6 +53,12 @@ def _softcapped(scores: Any) -> Any:
 
 def _minus_maximum(scores: Any) -> Any:
     return sub(scores, either(first_of(row_maximum(scores, -1, True), 0), amax(scores, [-1], True)))
+
+
+def _blended(scores: Any) -> Any:
+    kept = mul(scores, variable("keep"))
+    rest = mul(from_number(variable("keep"), 1), scalar("fill"))
+    return either(add(kept, rest).named("plus"), sub(kept, rest))
 
 
 class RecognizeAttention(Rule):
@@ -67,11 +76,16 @@ class RecognizeAttention(Rule):
             scale=lambda s: mul(s, scalar("factor")),
             divide=lambda s: div(s, scalar("divisor")),
             softcap=_softcapped,
+            blend=_blended,
+            scale_tensor=lambda s: mul(s, variable("factor")),
+            divide_tensor=lambda s: div(s, variable("divisor")),
             add=lambda s: add(s, variable("addend")),
             where_other=lambda s: where_other(variable("condition"), s, scalar("fill")),
             where_self=lambda s: where_self(variable("condition"), scalar("fill"), s),
             where_tensor=lambda s: where(variable("condition"), s, variable("fill")),
+            at_least=lambda s: at_least(s, scalar("least")),
             minus_maximum=_minus_maximum,
+            subtract=lambda s: sub(s, variable("subtrahend")),
             sinks=lambda s: cat([s, variable("column")], -1),
             cast=lambda s: to_dtype(s, anything()),
             reshape=lambda s: reshape(s, anything()),
@@ -101,6 +115,8 @@ class RecognizeAttention(Rule):
 
 def _read(match: Match) -> tuple[Heads, Scores, Masks]:
     scores = read_scores(match.product, match.steps("before"))
+    if not size_equal(shape(match.weights)[-1], shape(match.product)[-1] + (scores.sinks is not None)):
+        raise Refused("the softmax does not run over all keys", match.weights)
     _check_sinks(match, scores)
     heads = read_heads(match.query, match.key_transposed, match.value, scores, match.root)
     key_length = shape(match.product)[-1]

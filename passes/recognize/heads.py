@@ -16,7 +16,9 @@ from torch import fx
 from regraft.ir.mask import Everything
 from regraft.ir.nodes import Builder, concrete, dtype, is_tensor, rank, shape, size_equal
 from regraft.ir.ops.attention import attention
-from regraft.passes.recognize.scores import Masks, Refused, Scores
+from regraft.passes.recognize.bias import at_most_four, build_bias, build_slopes
+from regraft.passes.recognize.masks import Masks
+from regraft.passes.recognize.scores import Refused, Scores
 
 aten = torch.ops.aten
 
@@ -43,8 +45,8 @@ def read_heads(query: fx.Node, key_transposed: fx.Node, value: fx.Node, scores: 
     assert site is not None
     if rank(site) > 5 or rank(query) > 5 or rank(query) < 2:
         raise Refused(f"the scores have {rank(site)} dims", site)
-    if rank(query) == 5 and rank(site) == 5 and any(rank(node) > 3 for node, _ in scores.additions):
-        folded = [_fold_mask(node) for node, _ in scores.additions]
+    if rank(query) == 5 and rank(site) == 5 and any(rank(item.node) > 3 for item in scores.additions):
+        folded = [_fold_mask(item.node) for item in scores.additions]
         if any(node is None for node in folded):
             raise Refused("a mask over grouped heads differs from group to group", site)
     return Heads(query, key_transposed, True, value, site)
@@ -62,19 +64,19 @@ def build_attention(
     query, query_factor = _unscaled(build, heads.query)
     key, key_factor = _unscaled(build, heads.key)
     leading = _leading(build, heads)
-    query4 = _four_dims(build, query, leading)
+    query4 = _scaled(build, _four_dims(build, query, leading), scores)
     key4 = _swap_last(build, key) if heads.key_is_transposed else key
     key4, value4 = _ungrouped(build, key4, heads.value, leading)
-    kind = dtype(query4)
-    bias = _sum_of_biases(build, masks, kind)
+    lengths = build.size(heads.leading, -2), build.size(heads.key, -1 if heads.key_is_transposed else -2)
+    bias = build_bias(build, masks, leading, lengths)
     node = build.call(
         attention,
         query4,
         key4,
         value4,
-        [_at_most_four(build, tensor) for tensor in masks.tensors],
+        [at_most_four(build, tensor) for tensor in masks.tensors],
         bias,
-        _slopes(build, masks),
+        build_slopes(build, masks),
         scores.sinks,
         scale=scores.scale * query_factor * key_factor,
         mask="all" if isinstance(masks.predicate, Everything) else str(masks.predicate),
@@ -85,6 +87,13 @@ def build_attention(
     if rank(root) != 4 or not all(size_equal(a, b) for a, b in zip(shape(root), shape(node), strict=True)):
         node = build.call(aten.reshape.default, node, build.sizes(root))
     return node if dtype(node) == dtype(root) else build.call(aten.to.dtype, node, dtype(root))
+
+
+def _scaled(build: Builder, query: fx.Node, scores: Scores) -> fx.Node:
+    """The query, times the factors of the scores that are tensors."""
+    for factor, times in scores.factors:
+        query = build.call(aten.mul.Tensor if times else aten.div.Tensor, query, factor)
+    return query
 
 
 def _unscaled(build: Builder, node: fx.Node) -> tuple[fx.Node, float]:
@@ -203,28 +212,3 @@ def _only_heads_expand(node: fx.Node, axis: int) -> bool:
     if len(before) != len(after) or before[axis] != 1 or not isinstance(after[axis], int):
         return False
     return all(size_equal(a, b) for dim, (a, b) in enumerate(zip(before, after, strict=True)) if dim != axis)
-
-
-def _sum_of_biases(build: Builder, masks: Masks, kind: torch.dtype) -> fx.Node | None:
-    total: fx.Node | None = None
-    for node, factor in masks.biases:
-        term = _at_most_four(build, node)
-        if factor != 1:
-            term = build.call(aten.mul.Tensor, term, factor)
-        total = term if total is None else build.call(aten.add.Tensor, total, term)
-    return total
-
-
-def _at_most_four(build: Builder, node: fx.Node) -> fx.Node:
-    if rank(node) <= 4:
-        return node
-    sizes = [build.size(node, dim) for dim in range(rank(node))]
-    return build.call(aten.reshape.default, node, [*sizes[:1], *sizes[2:]])
-
-
-def _slopes(build: Builder, masks: Masks) -> fx.Node | None:
-    if masks.slopes is None:
-        return None
-    node, factor = masks.slopes
-    flat = node if rank(node) == 1 else build.call(aten.reshape.default, node, [-1])
-    return flat if factor == 1 else build.call(aten.mul.Tensor, flat, factor)

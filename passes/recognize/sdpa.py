@@ -15,7 +15,8 @@ from regraft.ir.pattern import sdpa as sdpa_call
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.recognize import attention_examples as shown
 from regraft.passes.recognize.heads import Heads, build_attention
-from regraft.passes.recognize.scores import Masks, Refused, Scores, read_masks
+from regraft.passes.recognize.masks import Masks, read_masks
+from regraft.passes.recognize.scores import Addition, Condition, Refused, Scores
 
 
 class RecognizeSdpa(Rule):
@@ -54,9 +55,9 @@ def _read(match: Match, given: dict[str, Any]) -> tuple[Heads, Scores, Masks]:
     lengths = shape(query)[-2], shape(key)[-2]
     if mask is not None and is_tensor(mask):
         if mask.meta["val"].dtype.is_floating_point:
-            scores.additions.append((mask, 1.0))
+            scores.maskings.append(Addition(mask))
         else:
-            scores.conditions.append((mask, -math.inf, False, query.meta["val"].dtype))
+            scores.maskings.append(Condition(mask, -math.inf, False, query.meta["val"].dtype))
     masks = read_masks(match.program, scores, *lengths)
     if given["is_causal"]:
         masks.predicate = CAUSAL
