@@ -74,7 +74,8 @@ def summarize(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def cold_build(row: str, peer: str, threads: int) -> dict[str, Any]:
     """Build one peer in a fresh process with empty caches; return its seconds and its peak memory."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "REGRAFT_CACHE_DIR": folder}
+        environment = dict(os.environ, **caches, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
         command = [sys.executable, "-m", "bench.cold", row, peer, "--threads", str(threads)]
         root = Path(__file__).parent.parent
         done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
@@ -151,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=None, help="where to write the record")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    console = Console()
+    console = Console(width=170)
     records = []
     for row in options.rows:
         with console.status(f"measuring {row}"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from regraft.build import Entry, Toolchain
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.compiled import CompiledModule, Options
 from regraft.errors import CaptureError, OptionError, TargetError
 from regraft.ir.driver import Session
@@ -75,6 +76,7 @@ def compile(
             f"{type(model).__name__} is in training mode, and regraft compiles for inference; call model.eval() first"
         )
     inputs = call_inputs(example_inputs, kwargs)
+    NATIVE.start()  # built beside the capture, where it was not built before
     options = Options(target=_target(model, target), dynamic=dynamic, verify=verify, toolchain=toolchain or Toolchain())
     compiled = CompiledModule(model, options, _report(type(model).__name__, options.target))
     if inputs is None and isinstance(model, ExportedProgram) and model.example_inputs is not None:

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SUBPACKAGES = ("ir", "passes", "codegen", "solvers")
-DATA = {".j2", ".json"}
+DATA = {".cpp", ".h", ".j2", ".json"}
 
 COMPILE = """
 import torch, regraft

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import fx
 
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.ir.cost import compute_dtype, graph_cost
 from regraft.ir.device import Device
 from regraft.report.model import Environment, OperatorRow
@@ -57,6 +58,8 @@ def environment(device: Device, dtype: torch.dtype) -> Environment:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    missing = NATIVE.missing()
+    found["native kernels"] = f"none: {missing}" if missing else "built for this processor"
     for package in _PACKAGES:
         try:
             found[package] = version(package)

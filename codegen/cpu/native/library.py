@@ -8,6 +8,7 @@ runtime, and with it its threads. Where there is no compiler, or what it builds 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -93,22 +94,28 @@ class NativeLibrary:
         raise Unavailable("; ".join(reasons) or f"no C++ compiler was found ({', '.join(_COMPILERS)})")
 
     def _with(self, compiler: Path, runtime: Path) -> ctypes.CDLL:
-        path = _private_folder() / f"native-{_key(compiler, runtime)}.so"
-        if not path.is_file():
+        with _private_folder() as folder:
+            path = folder / f"native-{_key(compiler, runtime)}.so"
+            if path.is_file():
+                with contextlib.suppress(Unavailable):  # whatever lies there, a new build may be right
+                    return self._opened(path)
             _build(compiler, runtime, path)
+            return self._opened(path)
+
+    def _opened(self, path: Path) -> ctypes.CDLL:
         try:
             loaded = ctypes.CDLL(str(path))
         except OSError as error:
-            raise Unavailable(f"what {compiler.name} built cannot be loaded ({error})") from error
+            raise Unavailable(f"what was built cannot be loaded ({error})") from error
         wrong = self._check(loaded)
         if wrong:
-            raise Unavailable(f"what {compiler.name} built is wrong: {wrong}")
+            raise Unavailable(f"what was built is wrong: {wrong}")
         return loaded
 
 
 def _compilers() -> Iterator[Path]:
-    named = os.environ.get("CXX")
-    for name in (named,) if named else _COMPILERS:
+    """What ``CXX`` names, if anything, then the usual ones."""
+    for name in dict.fromkeys((os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS)):
         found = shutil.which(name)
         if found is not None:
             yield Path(found)
@@ -128,18 +135,24 @@ def _openmp_runtime() -> Path:
     raise Unavailable("PyTorch runs without OpenMP here")
 
 
-def _private_folder() -> Path:
-    """The cache folder if nobody else may write there, because code is loaded from it; else a folder of this process
-    alone."""
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """The cache folder if nobody else may write there, as code is loaded from it; else one that is gone at once."""
     folder = cache_folder()
+    if _is_private(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="regraft-") as own:
+        yield Path(own)
+
+
+def _is_private(folder: Path) -> bool:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         held = folder.stat()
-        if held.st_uid == os.getuid() and not held.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
     except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="regraft-"))
+        return False
+    return held.st_uid == os.getuid() and not held.st_mode & 0o022 and os.access(folder, os.W_OK)
 
 
 def _key(compiler: Path, runtime: Path) -> str:
