@@ -15,15 +15,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import TreeSpec, tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from regraft.ir.capture_dynamic import check_symbols, dynamic_shapes
 from regraft.ir.capture_error import CaptureError, first_line
 from regraft.ir.capture_regions import complete_values, inline_regions, must_decompose, refuse_left_over
 from regraft.ir.capture_speed import faster_export, resting_collector
+from regraft.ir.capture_state import ModelState, Notes, reads_layout, settle
 from regraft.ir.nodes import arguments, user_line
 from regraft.ir.program import Program
 
@@ -64,12 +65,14 @@ def capture(
         raise CaptureError(
             f"a {type(model).__name__} was given as the model; give an nn.Module, an ExportedProgram or a GraphModule"
         )
+    _refuse_layouts(args, kwargs)
     names = _check_call(model, args, kwargs)
     if isinstance(model, fx.GraphModule):
         args, kwargs = _by_position(names, args, kwargs)
     shapes = dynamic_shapes(dynamic, args, kwargs, names)
-    exported = _export(model, args, kwargs, shapes)
+    exported, notes = _export(model, args, kwargs, shapes)
     program = from_exported(exported, [])
+    program.reads_layout = notes.layout_read
     program.example = flat_inputs(program.in_spec, args, kwargs)
     check_symbols(program.graph, program.user_inputs(), dynamic)
     return program
@@ -141,6 +144,14 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return [parameter.name for parameter in signature.parameters.values() if parameter.kind in kinds]
 
 
+def _refuse_layouts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise CaptureError(
+                f"an input has the layout {value.layout}, and dense tensors are compiled; give value.to_dense()"
+            )
+
+
 def _by_position(
     names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -148,21 +159,47 @@ def _by_position(
     return args, {name: kwargs[name] for name in names if name in kwargs}
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> tuple[ExportedProgram, Notes]:
+    """Export, and leave the model's attributes as they were; one that sets some is first brought to rest."""
+    state = ModelState(model)
+    try:
+        exported, notes = _export_once(model, args, kwargs, shapes)
+    finally:
+        state.restore()
+    if not notes.changed:
+        return exported, notes
+    _LOG.debug("forward sets %s", ", ".join(notes.changed))
+    settle(model, lambda: _own_failure(model, args, kwargs))
+    state = ModelState(model)
+    try:
+        return _export_once(model, args, kwargs, shapes)
+    finally:
+        state.restore()
+
+
+def _export_once(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> tuple[ExportedProgram, Notes]:
     def export() -> ExportedProgram:
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
+    notes = Notes(layout_read=isinstance(model, fx.GraphModule) and reads_layout(model))
     try:
-        with _quiet(), faster_export(model):
-            return export()
+        with _quiet(), faster_export(model, notes):
+            return export(), notes
     except Exception as error:  # torch.export raises classes of many modules; its own way decides
         _LOG.debug("the fast export failed: %s", error)
     try:
         with _quiet():
-            return export()
+            exported = export()
     except Exception as error:
-        raise CaptureError(_why_refused(model, args, kwargs, error)) from error
+        raise CaptureError(_why_refused(model, args, kwargs, shapes, error)) from error
+    state = ModelState(model)
+    _own_failure(model, args, kwargs)
+    return exported, Notes(layout_read=True, changed=state.changes())  # nobody looked: take it to
 
 
 #: What torch prints about an export that fails, before it raises: pages that our one sentence stands for.
@@ -186,22 +223,38 @@ def _quiet() -> Iterator[None]:
             logger.disabled = disabled
 
 
-def _why_refused(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> str:
+def _why_refused(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, error: Exception) -> str:
     name = type(model).__name__
     own = _own_failure(model, args, kwargs)
     if own is not None:
         return f"{name} itself fails on the example inputs ({first_line(own)}); give inputs that it accepts"
+    if shapes is not None and _exports_statically(model, args, kwargs):
+        return (
+            f"torch.export refuses {name} with the symbolic sizes that dynamic asks for ({first_line(error)}); give a "
+            "dynamic_shapes specification that fits the inputs and the model, or leave dynamic out: a new shape is "
+            "then captured when it comes"
+        )
     advice = "make its forward traceable, or use torch.compile(model, backend='regraft'), which allows graph breaks"
     if getattr(getattr(model, "config", None), "use_cache", False) and kwargs.get("use_cache") is not False:
         advice = "pass use_cache=False, so that it returns no cache object"
     return f"torch.export refuses {name} ({first_line(error)}); {advice}"
 
 
+def _exports_statically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        with _quiet(), torch.no_grad():
+            torch.export.export(model, args, kwargs, strict=False)
+    except Exception:  # as for export
+        return False
+    return True
+
+
 def _own_failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     try:
-        with torch.no_grad():
-            torch.func.functional_call(model, buffers, args, kwargs)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            inputs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
+            torch.func.functional_call(model, buffers, *inputs)
     except Exception as error:  # a model may raise anything
         return error
     return None

@@ -31,6 +31,8 @@ from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
+from regraft.ir.capture_state import LAYOUT_QUERIES, ModelState, Notes
+
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 _SET_GRAD = torch._C._set_grad_enabled
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
@@ -39,12 +41,14 @@ _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 _QUERIES = frozenset(
     getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")
 )
+_LAYOUT_QUERIES = frozenset(getattr(torch.Tensor, name) for name in LAYOUT_QUERIES)
 
 
 @contextlib.contextmanager
-def faster_export(model: nn.Module) -> Iterator[None]:
-    """While this context lasts, ``torch.export`` of ``model`` takes the short ways above."""
-    with resting_collector(), deferred_codegen(), _watched_forward(model):
+def faster_export(model: nn.Module, notes: Notes) -> Iterator[None]:
+    """While this context lasts, ``torch.export`` of ``model`` takes the short ways above; ``notes`` gets what the model
+    did meanwhile."""
+    with resting_collector(), deferred_codegen(), _watched_forward(model, notes):
         yield
 
 
@@ -88,17 +92,20 @@ def deferred_codegen() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watched_forward(model: nn.Module) -> Iterator[None]:
+def _watched_forward(model: nn.Module, notes: Notes) -> Iterator[None]:
     if isinstance(model, (fx.GraphModule, torch.jit.ScriptModule)):  # export does not call their ``forward``
         yield
         return
     original = model.forward
     own = model.__dict__.get("forward")
+    state = ModelState(model)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _InferenceMode(forward.__code__):  # type: ignore[attr-defined]
-            return original(*args, **kwargs)
+        with _InferenceMode(forward.__code__, notes):  # type: ignore[attr-defined]
+            result = original(*args, **kwargs)
+        notes.changed += state.changes()  # here, because export puts attributes back
+        return result
 
     model.forward = forward
     try:
@@ -114,9 +121,10 @@ def _watched_forward(model: nn.Module) -> Iterator[None]:
 class _InferenceMode(TorchFunctionMode):
     """Swallows what inference does not need, and notes where in the user's code each operator comes from."""
 
-    def __init__(self, outermost: CodeType) -> None:
+    def __init__(self, outermost: CodeType, notes: Notes) -> None:
         super().__init__()
         self._outermost = outermost
+        self._notes = notes
         self._skipped = object()
 
     def __torch_function__(
@@ -128,6 +136,8 @@ class _InferenceMode(TorchFunctionMode):
             return self._skipped
         if func is _EXIT_AUTOCAST and args[0] is self._skipped:
             return None
+        if func in _LAYOUT_QUERIES:
+            self._notes.layout_read = True
         if func not in _QUERIES and fx_traceback.has_preserved_node_meta():
             fx_traceback.current_meta["stack_trace"] = self._stack()
         return func(*args, **(kwargs or {}))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import regraft.ir.ops  # noqa: F401  registers the semantic operators
 from regraft.ir.device import Device
@@ -106,12 +107,20 @@ def _describe(node: fx.Node, device: Device) -> NodeCost:
 def _count(node: fx.Node) -> tuple[Cost, bool]:
     if node.op != "call_function":
         return _NOTHING, True
+    if _unsized(node):
+        return _NOTHING, False
     if node.target in OPERATORS:
         return OPERATORS[node.target].cost(node), True
     family = _family(node.target)
     if family is None:
         return Cost(0.0, _traffic(node)), False
     return family(node), True
+
+
+def _unsized(node: fx.Node) -> bool:
+    """Whether a size depends on data, so that nobody can say what the call moves."""
+    values = [part.meta.get("val") for part in (node, *node.all_input_nodes)]
+    return any(bool(free_unbacked_symbols(value)) for value in values if value is not None)
 
 
 def _family(target: Any) -> Callable[[fx.Node], Cost] | None:

@@ -36,7 +36,8 @@ class Program:
     """A model as a pure graph over named weights and user inputs.
 
     ``in_spec`` is the pytree of ``(args, kwargs)``, ``out_spec`` that of the output. ``example`` holds the flat user
-    inputs that the program was captured with; the verifier probes with them.
+    inputs that the program was captured with; the verifier probes with them. ``reads_layout`` says that the model asked
+    for the strides of tensors while it was captured, so that the program holds for inputs of these strides only.
     """
 
     module: fx.GraphModule
@@ -46,6 +47,7 @@ class Program:
     out_spec: TreeSpec
     example: list[Any]
     range_constraints: dict[Any, Any] = field(default_factory=dict)
+    reads_layout: bool = False
 
     def __post_init__(self) -> None:
         self._weight_of: dict[str, str] = {
@@ -167,6 +169,7 @@ class Program:
             out_spec=self.out_spec,
             example=list(self.example),
             range_constraints=dict(self.range_constraints),
+            reads_layout=self.reads_layout,
         )
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from regraft.aliasing import separate_outputs
 from regraft.guard import SymbolicGuard, leaf_order
 from regraft.ir.driver import Session
 from regraft.ir.program import Program
@@ -77,6 +79,7 @@ class Entry:
         self.symbolic = self.guard.symbolic
         self.used = 0
         self._order = order if order != list(range(len(order))) else None
+        self._lock = threading.Lock()
         self._written: list[tuple[int, Tensor]] = []
         self._inputs_written: list[tuple[int, int]] = []
         self._picked: list[tuple[int, Any]] = []
@@ -98,14 +101,28 @@ class Entry:
         """The leaves of a call in the program's order."""
         return leaves if self._order is None else [leaves[place] for place in self._order]
 
+    def shares_written_memory(self, leaves: list[Any]) -> bool:
+        """Whether an input that the model writes to shares memory with another one: code takes them for two."""
+        if not self._inputs_written:
+            return False
+        leaves = self.ordered(leaves)
+        tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        storages = {place: leaf.untyped_storage()._cdata for place, leaf in tensors}
+        written = [storages[place] for _, place in self._inputs_written]
+        return any(list(storages.values()).count(storage) > 1 for storage in written)
+
     def __call__(self, leaves: list[Any]) -> Any:
         leaves = self.ordered(leaves)
         with torch.no_grad():
-            outputs = self.executable(*leaves)
-            for position, buffer in self._written:
-                buffer.copy_(outputs[position])
-            for position, place in self._inputs_written:
-                leaves[place].copy_(outputs[position])
+            if self._written or self._inputs_written:
+                with self._lock:  # reading the state and writing the next must not mix with another thread's
+                    outputs = self.executable(*leaves)
+                    for position, buffer in self._written:
+                        buffer.copy_(outputs[position])
+                    for position, place in self._inputs_written:
+                        leaves[place].copy_(outputs[position])
+            else:
+                outputs = self.executable(*leaves)
         kept = [constant if position < 0 else outputs[position] for position, constant in self._picked]
         return tree_unflatten(kept, self._out_spec)
 
@@ -120,6 +137,14 @@ class Entry:
                 self._picked.append((-1, spec.arg.value))
             else:
                 self._picked.append((position, None))
+
+
+def copied_entry(entry: Entry, toolchain: Toolchain, memo: dict[int, Any]) -> Entry:
+    """The same code over copies of its weights, lowered anew with the kernels that were chosen before."""
+    program = entry.program.copy()
+    program.weights.originals = copy.deepcopy(program.weights.originals, memo)  # tied weights stay tied
+    session = Session(verify="off", tuning=getattr(entry.executable, "tuning", b""))
+    return Entry(program, toolchain.lower(program, session))
 
 
 @dataclass
@@ -151,6 +176,7 @@ def build(program: Program, target: str, verify: str, toolchain: Toolchain, refe
     session = Session(verify=verify)
     before = program.copy()
     phases = dict(toolchain.pipeline(target).run(program, session))
+    separate_outputs(program, before)
     started = time.perf_counter()
     executable = toolchain.lower(program, session)
     phases["lowering"] = time.perf_counter() - started

@@ -3,12 +3,13 @@ the rest."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from regraft.build import Build, Entry, Toolchain, build, output_of
+from regraft.build import Build, Entry, Toolchain, build, copied_entry, output_of
 from regraft.errors import ArtifactError, CaptureError, InputError
+from regraft.gate import CAPTURE, gate_of
 from regraft.guard import UnsupportedInput, describe, describe_call, flatten_call, key_of
 from regraft.ir.capture import capture
 from regraft.ir.capture_error import first_line
+from regraft.stand_in import StandIn
 from regraft.watch import WeightWatch
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ _LOG = logging.getLogger("regraft")
 _RETURNS_BEFORE_EVICTION = 16  # a shape beyond the limit that keeps coming is worth another capture
 _KEYS_REMEMBERED = 4096
 _EVENTS_REMEMBERED = 256
+_CALLS_OF_USE = 4  # code that serves fewer calls before the model changes was not worth compiling …
+_RESTLESS = 8  # … and this often in a row, the model is left alone until it rests
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Options:
     toolchain: Toolchain = field(default_factory=Toolchain)
 
 
-class CompiledModule(nn.Module):
+class CompiledModule(StandIn):
     """A model compiled for inference; call it as you would call the model.
 
     It is an ``nn.Module``, so that it can stand in a larger one. It has no weights of its own: ``parameters``,
@@ -72,7 +77,10 @@ class CompiledModule(nn.Module):
         self._lock = threading.RLock()
         self._clock = itertools.count(1)
         self._watch: WeightWatch | None = None
+        self._told: set[str] = set()
+        self._restless = 0  # compilations in a row that were of use for a few calls only
         self._forget()
+        self.__dict__["_closed"] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; raises ``InputError`` where the original would have to run and is not there."""
@@ -85,16 +93,17 @@ class CompiledModule(nn.Module):
             return self._run_original(str(error), args, kwargs)
         if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             return self._run_original("an input requires a gradient, and compiled code gives none", args, kwargs)
-        changed = self._watch.changed() if self._watch is not None else ""
-        if changed:
-            self._weights_changed(changed)
-        key = key_of(structure, leaves)
+        if self._watch is not None and self._watch.changed():
+            self._weights_changed()
+        key = key_of(structure, leaves, self._by_strides)
         entry = self._seen.get(key)
         if entry is None:
             found = self._find(key, structure, leaves, args, kwargs)
             if isinstance(found, str):
                 return self._run_original(found, args, kwargs)
             entry = found
+        if entry.shares_written_memory(leaves):
+            return self._run_original("an input that the model writes to shares memory with another", args, kwargs)
         entry.used = next(self._clock)
         return entry(leaves)
 
@@ -103,12 +112,6 @@ class CompiledModule(nn.Module):
         """What fired, what was refused, and what happened since; that of the latest compilation."""
         self._fill_operators()
         return self._report
-
-    @property
-    def original(self) -> nn.Module | None:
-        """The model that was compiled; None for one that was loaded."""
-        model: nn.Module | None = self.__dict__["_original"]
-        return model
 
     @property
     def entries(self) -> list[Entry]:
@@ -122,11 +125,14 @@ class CompiledModule(nn.Module):
         except UnsupportedInput as error:
             raise CaptureError(f"{error}; give such inputs instead") from error
         with self._lock:
-            self._compile(key_of(structure, leaves), args, dict(sorted(kwargs.items())), self._options.dynamic)
+            self._compile(
+                key_of(structure, leaves, self._by_strides), args, dict(sorted(kwargs.items())), self._options.dynamic
+            )
 
     def install(self, entry: Entry) -> None:
         """Take over an entry that was compiled elsewhere (an artifact's)."""
         self._entries.append(entry)
+        self._by_strides |= entry.program.reads_layout
 
     def free_original(self) -> None:
         """Let go of the original's weights: compiled code holds what it needs. The original can no longer run,
@@ -198,7 +204,13 @@ class CompiledModule(nn.Module):
             return self._capture_call(key, args, dict(sorted(kwargs.items())), describe(leaves))
 
     def _capture_call(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], shown: str) -> Entry | str:
+        if self._restless >= _RESTLESS:
+            self._restless -= 1
+            self._watch_weights()
+            return "the model changed at nearly every call; it is compiled again when it rests"
         if len(self._entries) >= self._options.maximum_entries:
+            if len(self._waiting) >= _KEYS_REMEMBERED:
+                self._waiting.clear()
             returns = self._waiting[key] = self._waiting.get(key, 0) + 1
             if returns < _RETURNS_BEFORE_EVICTION:
                 return (
@@ -217,16 +229,23 @@ class CompiledModule(nn.Module):
                     return self._compile(key, args, kwargs, None)
                 except CaptureError as second:
                     error = second
-            self._refused[key] = str(error)
-            return str(error)
+            return self._refuse(key, str(error), tell=False)
 
     def _compile(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Entry | str:
+        model = self.original
+        assert self._source is not None and model is not None
+        with CAPTURE, gate_of(model).capturing() as alone:
+            if not alone:
+                return "another thread runs the original, which must rest while it is captured"
+            return self._compile_alone(model, key, args, kwargs, dynamic)
+
+    def _compile_alone(
+        self, model: nn.Module, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+    ) -> Entry | str:
         started = time.perf_counter()
-        assert self._source is not None and self.original is not None
         program = capture(self._source, args, kwargs, dynamic)
         captured = {id(tensor): tensor for tensor in program.weights.originals.values()}
         seconds = time.perf_counter() - started
-        model = self.original
         try:
             made = build(
                 program,
@@ -247,15 +266,19 @@ class CompiledModule(nn.Module):
                 f"the compiled output is {made.drift:.1e} away from the model's own (tolerance {made.tolerance:.0e}); "
                 "run `regraft bisect` to find the rewrite",
             )
-        self._entries.append(made.entry)
+        self.install(made.entry)
         self._remember(key, made.entry)
         self._captured |= captured
         self._watch_weights()
         return made.entry
 
-    def _refuse(self, key: Hashable, reason: str) -> str:
+    def _refuse(self, key: Hashable, reason: str, tell: bool = True) -> str:
+        if len(self._refused) >= _KEYS_REMEMBERED:
+            self._refused.clear()
         self._refused[key] = reason
-        self._event("fallback", reason)
+        self._watch_weights()  # a model that changes gets another chance
+        if tell:
+            self._event("fallback", reason)
         return reason
 
     def _remember(self, key: Hashable, entry: Entry) -> None:
@@ -275,14 +298,19 @@ class CompiledModule(nn.Module):
         self._seen: dict[Hashable, Entry] = {}
         self._refused: dict[Hashable, str] = {}
         self._waiting: dict[Hashable, int] = {}
-        self._told: set[str] = set()
+        self._by_strides = False  # whether a program holds for the strides of its inputs only
+        self._since = next(self._clock)
         self._captured: dict[int, Tensor] = {}  # the model's own tensors that entries read, by identity
 
-    def _weights_changed(self, what: str) -> None:
+    def _weights_changed(self) -> None:
         with self._lock:
-            self._event("relowering", f"{what}; compiled anew")
-            self._forget()
-            self._watch = None
+            what = self._watch.changed() if self._watch is not None else ""  # a capture changes some for a while
+            if what:
+                short = next(self._clock) - self._since < _CALLS_OF_USE
+                self._restless = self._restless + 1 if short else 0
+                self._event("relowering", f"{what}; compiled anew")
+                self._forget()
+                self._watch = None
 
     def _watch_weights(self) -> None:
         mutated = [buffer for entry in self._entries for buffer in entry.mutated]
@@ -294,7 +322,8 @@ class CompiledModule(nn.Module):
             why = "its weights were freed" if self._freed else "there is no original to run instead"
             raise InputError(f"{reason}, and {why}; {self._advice()}")
         self._event("fallback", reason)
-        return model(*args, **kwargs)
+        with gate_of(model).running():
+            return model(*args, **kwargs)
 
     def _advice(self) -> str:
         built = "; ".join(describe_call(*entry.example) for entry in self._entries)
@@ -327,48 +356,21 @@ class CompiledModule(nn.Module):
         self._report.operators_after = operator_rows(made.entry.program.graph, device)
         self._report.environment = environment(device, main_dtype(made.before.graph))
 
-    # The original's state.
+    def _loadable(self) -> nn.Module:
+        if self._freed:
+            raise InputError("the original's weights were freed; compile the model again with the new ones")
+        return super()._loadable()
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            original = self.__dict__.get("_original")
-            if original is None or name.startswith("__"):
-                raise
-            return getattr(original, name)
-
-    def train(self, mode: bool = True) -> CompiledModule:
-        """Sets the original's mode; in training mode the original runs."""
-        self.training = mode
-        if self.original is not None:
-            self.original.train(mode)
-        return self
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The original's parameters."""
-        return iter(()) if self.original is None else self.original.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """The original's buffers."""
-        return iter(()) if self.original is None else self.original.named_buffers(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's state."""
-        return {} if self.original is None else self.original.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the original; the next call compiles anew."""
-        if self.original is None or self._freed:
-            raise InputError(
-                "there is no original model to load weights into; compile the model again with the new ones"
-            )
-        return self.original.load_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        if self.original is not None:
-            self.original._apply(*args, **kwargs)
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        """A copy of the model, compiled at its first call; one that was loaded keeps its code."""
+        if self._freed:
+            raise InputError("the original's weights were freed, so that the model cannot be copied; load it twice")
+        report = type(self._report)(model=self._report.model, target=self._report.target)
+        twin = CompiledModule(copy.deepcopy(self._source, memo), self._options, report)
+        if self.original is None:
+            for entry in self._entries:
+                twin.install(copied_entry(entry, self._options.toolchain, memo))
+        return twin
 
 
 def _own_output(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

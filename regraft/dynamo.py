@@ -23,12 +23,22 @@ _LOG = logging.getLogger("regraft")
 _MAXIMUM_WEIGHT_SETS = 8
 
 
-def backend(module: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None) -> Any:
-    """Compile one Dynamo graph; ``options`` may hold ``verify`` ("each", "final" or "off").
+def backend(
+    module: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Any:
+    """Compile one Dynamo graph; ``options`` may hold ``verify`` ("each", "final" or "off"), ``mode`` is Inductor's.
 
     The original graph runs, with a logged reason, where compiled code may not: under autocast, for gradients, for
     a device or for sizes that regraft has no code for.
     """
+    if mode not in (None, "default"):
+        raise OptionError(
+            f"mode={mode!r} was given, which belongs to Inductor; leave it out, or choose backend='inductor'"
+        )
     given = dict(options or {})
     verify = given.pop("verify", "each")
     if given or verify not in VERIFY:

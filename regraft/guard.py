@@ -62,12 +62,14 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashabl
     return spec, leaves
 
 
-def key_of(structure: Hashable, leaves: list[Any]) -> Hashable:
-    """What must be equal for two calls to run the same code when all sizes are static."""
+def key_of(structure: Hashable, leaves: list[Any], strides: bool = False) -> Hashable:
+    """What must be equal for two calls to run the same code when all sizes are static; ``strides``: these too."""
     parts: list[Any] = [structure]
     for leaf in leaves:
         if type(leaf) in _TENSORS:
             parts.append((leaf.shape, leaf.dtype, leaf.device, leaf.layout))
+            if strides and leaf.layout is torch.strided:
+                parts.append((leaf.stride(), leaf.storage_offset()))
         else:
             parts.append((type(leaf), leaf))
     return tuple(parts)
@@ -111,6 +113,7 @@ class SymbolicGuard:
         self._wanted = [node.meta.get("val") for node in program.user_inputs()]
         self._example = program.example
         self._ranges = program.range_constraints
+        self._reads_layout = program.reads_layout
         shape_env = getattr(program.fake_mode, "shape_env", None)
         settled = dict(getattr(shape_env, "replacements", {}))
         guards = [guard.expr for guard in getattr(shape_env, "guards", ())]
@@ -158,6 +161,10 @@ class SymbolicGuard:
             else:
                 derived.append((expression, size))
                 _solve(expression, size, known)
+        if self._reads_layout:
+            steps = [step.node.expr if isinstance(step, torch.SymInt) else step for step in wanted.stride()]
+            derived += zip(steps, leaf.stride(), strict=True)
+            derived.append((wanted.storage_offset(), int(leaf.storage_offset())))
         return True
 
     def _in_range(self, expression: Any, known: Mapping[Any, Any]) -> bool:

@@ -1,28 +1,39 @@
-"""Noticing cheaply that a module's weights are no longer those that were compiled."""
+"""Noticing cheaply that a module is no longer the one that was compiled: its weights, its attributes, its parts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import attrgetter
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _version = attrgetter("_version")
 _address = Tensor.data_ptr
+#: An integer type of the same size, in which equal bits are equal numbers, NaN included.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class WeightWatch:
-    """Remembers each weight's identity, memory and version; reading them all is a few C-level loops.
+    """Remembers each weight's identity, memory, version and one element, and each part's attributes; reading them all
+    is a few C-level loops.
 
-    ``module`` gives parameters and buffers, ``others`` are further tensors (constants). A tensor in ``mutated``
-    may be written to: the compiled code reads it anew at each call. Tensors made in inference mode have no
-    version.
+    ``module`` gives parameters, buffers and attributes, ``others`` are further tensors (constants). A tensor in
+    ``mutated`` may be written to: the compiled code reads it anew at each call. Versions count what PyTorch itself
+    writes; tensors made in inference mode have none, and ``weight.data`` does not count. The element in the middle
+    of each weight shows those changes where they are to the whole of it.
     """
 
     def __init__(self, module: nn.Module | None, others: Iterable[Tensor] = (), mutated: Iterable[Tensor] = ()) -> None:
         parts = list(module.modules()) if module is not None else []
+        self._attributes = [part.__dict__ for part in parts]
+        self._attributes += _configurations(self._attributes)
         self._holders = [held for part in parts for held in (part._parameters, part._buffers) if held]
+        self._inner = [held for part in parts for held in (part._modules, part._forward_hooks, part._forward_pre_hooks)]
+        self._known_attributes = [dict(held) for held in self._attributes]
+        self._known_inner = [dict(held) for held in self._inner]
         self._known = [dict(held) for held in self._holders]
         held = [value for values in self._known for value in values.values() if value is not None]
         self._single = [
@@ -31,32 +42,78 @@ class WeightWatch:
             for name, value in holder.items()
             if value is not None and value.numel() == 1
         ]
+        plain = [value for values in self._known_attributes for value in values.values() if isinstance(value, Tensor)]
         free = {id(tensor) for tensor in mutated}
-        every = {id(tensor): tensor for tensor in (*held, *others)}
+        every = {id(tensor): tensor for tensor in (*held, *plain, *others)}
         self._tensors = [tensor for tensor in every.values() if _has_address(tensor)]
         self._versioned = [t for key, t in every.items() if key not in free and not t.is_inference()]
         self._addresses = list(map(_address, self._tensors))
         self._versions = list(map(_version, self._versioned))
+        self._samples = _samples([t for t in self._tensors if id(t) not in free])
+        self._sampled = [torch.cat(elements) for elements in self._samples]
 
     def changed(self) -> str:
         """Empty while nothing changed, else what did."""
+        if _differ(self._inner, self._known_inner):
+            return "a part of the model or a hook was added, replaced or removed"
         if self._replaced():
             return "a parameter or buffer was replaced or removed"
+        if _differ(self._attributes, self._known_attributes):
+            return f"the model's attribute {self._which()} was changed"
         if list(map(_version, self._versioned)) != self._versions:
             return "a weight was changed in place"
         if list(map(_address, self._tensors)) != self._addresses:
             return "a weight's data was moved or replaced"
+        if not all(map(torch.equal, map(torch.cat, self._samples), self._sampled)):
+            return "a weight's data was changed in place"
         return ""
 
     def _replaced(self) -> bool:
         """Comparing dicts compares identities first. Tensors that differ are compared by value: more than one
         element has no truth value, which raises, and single ones are looked at here."""
-        try:
-            if self._holders != self._known:
-                return True
-        except RuntimeError:
-            return True
-        return not all(holder[name] is value for holder, name, value in self._single)
+        return _differ(self._holders, self._known) or not all(h[name] is value for h, name, value in self._single)
+
+    def _which(self) -> str:
+        for now, before in zip(self._attributes, self._known_attributes, strict=True):
+            for name in now.keys() | before.keys():
+                if name not in now or name not in before or _differ(now[name], before[name]):
+                    return repr(name)
+        return "(unknown)"
+
+
+def _differ(left: Any, right: Any) -> bool:
+    """Whether two values differ; what cannot be compared does, unless it is the same object."""
+    try:
+        return bool(left != right)
+    except Exception:  # comparing is the business of the user's classes
+        return left is not right
+
+
+def _configurations(attributes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The attributes of plain objects that parts hold, each once: a model reads its ``config`` when it runs."""
+    held = {id(value): value for values in attributes for value in values.values() if _is_configuration(value)}
+    return [value.__dict__ for value in held.values()]
+
+
+def _is_configuration(value: Any) -> bool:
+    return isinstance(getattr(value, "__dict__", None), dict) and not (
+        callable(value)
+        or isinstance(value, (Tensor, ModuleType))
+        or type(value).__module__.partition(".")[0] == "torch"
+    )
+
+
+def _samples(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """One element of each tensor, as views, grouped by size so that a group can be read at once."""
+    groups: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() and tensor.device.type == "cpu" and not tensor.is_complex() and not tensor.is_quantized:
+            middle = tensor.detach()
+            for size in tensor.shape:
+                middle = middle.select(0, size // 2)
+            kind = _BITS[tensor.element_size()]
+            groups.setdefault(tensor.element_size(), []).append(middle.reshape(1).view(kind))
+    return list(groups.values())
 
 
 def _has_address(tensor: Tensor) -> bool:

@@ -10,7 +10,8 @@ modules named in a tree's context. This format is data only::
      "nodes":    [[op, name, target, args, kwargs, fake value, metadata], …],
      "inputs":   [[kind, argument, weight name, persistent], …],
      "outputs":  [[kind, argument, buffer name], …],
-     "in_spec":  tree, "out_spec": tree, "example": [value, {"stored": …} or {"zeros": …}, …]}
+     "in_spec":  tree, "out_spec": tree, "example": [value, {"stored": …} or {"zeros": …}, …],
+     "reads_layout": whether the program holds for inputs of its own strides only}
 
 The target of a placeholder and of the output is null. Metadata (``stack_trace``, ``provenance``,
 ``nn_module_stack``) refers to the strings by index.
@@ -60,6 +61,7 @@ def encode_graph(program: Program) -> dict[str, Any]:
         "outputs": outputs,
         "in_spec": encode_tree(program.in_spec),
         "out_spec": encode_tree(program.out_spec),
+        "reads_layout": program.reads_layout,
     }
 
 
@@ -103,6 +105,7 @@ def _decode(data: Any, weights: WeightStore, example: dict[str, Tensor], namespa
         out_spec=out_spec,
         example=inputs,
         range_constraints={symbols.decode(key): symbols.range(limits) for key, limits in data["ranges"]},
+        reads_layout=data.get("reads_layout") is True,
     )
     count, outputs = len(program.user_inputs()), len(signature.user_outputs)
     if in_spec.num_leaves != count or len(inputs) != count or out_spec.num_leaves != outputs:

@@ -64,3 +64,8 @@ def test_options() -> None:
         assert torch.allclose(torch.compile(model, backend=backend, options={"verify": "off"})(x), model(x), atol=1e-6)
     with pytest.raises(OptionError, match="the backend knows verify"):
         backend(torch.fx.symbolic_trace(model), [x], options={"speed": 11})
+
+
+def test_a_mode_is_for_another_backend() -> None:
+    with pytest.raises(Exception, match=r"mode='max-autotune' was given, which belongs to Inductor"):
+        torch.compile(nn.Linear(4, 4).eval(), backend="regraft", mode="max-autotune")(torch.ones(2, 4))
