@@ -151,17 +151,30 @@ class Matcher:
                 yield from self._solve(alternative, value, tagged)
 
     def _solve_chain(self, pattern: Chain, value: Any, state: State) -> Iterator[State]:
-        yield from self._solve_steps(pattern, value, state, ())
+        yield from self._solve_steps(pattern, value, state, (), set())
 
-    def _solve_steps(self, pattern: Chain, value: Any, state: State, taken: tuple[TakenStep, ...]) -> Iterator[State]:
-        """Peel one step off ``value``, or stop and match what the chain wraps. ``taken`` is outermost first."""
+    def _solve_steps(
+        self, pattern: Chain, value: Any, state: State, taken: tuple[TakenStep, ...], dead: set[Any]
+    ) -> Iterator[State]:
+        """Peel one step off ``value``, or stop and match what the chain wraps. ``taken`` is outermost first; ``dead``
+        are nodes that lead nowhere, which a graph reaches by many ways."""
+        if isinstance(value, fx.Node) and value in dead:
+            return
+        alive = False
         for step in pattern.steps:
             for inner, nodes, bindings in self._peel(step, value, state):
                 widened = State(state.bindings, (*state.nodes, *(n for n in nodes if n not in state.nodes)))
-                yield from self._solve_steps(pattern, inner, widened, (*taken, TakenStep(step.label, value, bindings)))
+                further = (*taken, TakenStep(step.label, value, bindings))
+                for solved in self._solve_steps(pattern, inner, widened, further, dead):
+                    alive = True
+                    yield solved
         done = state.bind(pattern.name, tuple(reversed(taken)))
         if done is not None:
-            yield from self._solve(pattern.inner, value, done)
+            for solved in self._solve(pattern.inner, value, done):
+                alive = True
+                yield solved
+        if not alive and isinstance(value, fx.Node):
+            dead.add(value)
 
     def _peel(self, step: Step, value: Any, state: State) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], Bindings]]:
         """Match one step on its own bindings; yields what it wraps, the nodes it takes and what it binds."""

@@ -169,8 +169,11 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Whether ``node`` stands for one size, or another integer that is known when a shape is."""
-    return isinstance(node.meta.get("val"), (torch.SymInt, int)) and not isinstance(node.meta.get("val"), bool)
+    """Whether ``node`` stands for one size, or another integer that is known when a shape is; a number that depends on
+    the data is only known by computing it."""
+    value = node.meta.get("val")
+    known = isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool)
+    return known and not free_unbacked_symbols(value)
 
 
 def _widen_dtypes(value: Any) -> Any:

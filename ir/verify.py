@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,12 +148,24 @@ class Verifier:
 
 
 def _frontier(pairs: dict[fx.Node, fx.Node], made: list[fx.Node]) -> list[fx.Node]:
-    """What the new nodes read. Of a tensor whose size alone is read, no value is wanted: it may be interior."""
+    """What the new nodes read. Of a tensor whose size alone is read, no value is wanted: it may be interior. Nor is
+    any value wanted of what a rule built and then went past: an operand of that may be interior too."""
     inside = set(made)
-    readers = [node for node in made if not is_size(node)]
+    readers = [node for node in _live(pairs.values(), inside) if not is_size(node)]
     outer = {source for node in readers for source in node.all_input_nodes if source not in inside}
     outer |= {new for new in pairs.values() if new not in inside}
     return sorted(outer)
+
+
+def _live(results: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    """The nodes of ``inside`` that the results are computed from."""
+    pending, live = [node for node in results if node in inside], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live.add(node)
+            pending += [source for source in node.all_input_nodes if source in inside]
+    return live
 
 
 def _is_activation(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from regraft.ir.driver import Session
 from regraft.ir.program import Program
 from regraft.ir.rule import Rule
 from regraft.passes.base import Pass, Pipeline, RulePass
-from regraft.passes.canonicalize import arithmetic, casts, products, repeat, views
+from regraft.passes.canonicalize import arithmetic, casts, products, repeat, softmaxes, views
 from regraft.passes.canonicalize.cleanup import DropAssertions, DropDeadCode, MergeCommonSubexpressions
 
 
@@ -32,6 +32,7 @@ class Simplify(RulePass):
         *arithmetic.SPELLINGS,
         *products.SPELLINGS,
         *repeat.SPELLINGS,
+        *softmaxes.SPELLINGS,
     )
 
 

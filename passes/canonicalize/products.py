@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import fx
 
 from regraft.ir.exactness import Exactness
-from regraft.ir.nodes import Builder, arguments, dtype, is_tensor, rank, shape, size_equal, sizes_equal
-from regraft.ir.pattern import Call, add, linear, matmul, reshape
+from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal, sizes_equal
+from regraft.ir.pattern import Call, add, linear, matmul, permute, reshape
 from regraft.ir.pattern import anything as any_argument
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.ir.weights import WeightOp
@@ -53,7 +54,7 @@ class EinsumIsMatmul(Rule):
     def check(self, match: Match) -> Iterator[Requirement]:
         operands = match.root.args[1]
         yield need(isinstance(operands, (list, tuple)) and len(operands) == 2, "einsum does not have two operands")
-        yield need(_Einsum.parse(match.root) is not None, "einsum repeats an index, sums one alone or has an ellipsis")
+        yield need(_Einsum.parse(match.root) is not None, "einsum repeats an index or sums one alone")
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         plan = _Einsum.parse(match.root)
@@ -75,16 +76,27 @@ class _Einsum:
     def __init__(self, left: str, right: str, out: str) -> None:
         self.left, self.right, self.out = left, right, out
         self.inner = next(label for label in left if label in right and label not in out)
-        self.rows = [label for label in out if label in left and label not in right][-1]
         self.columns = [label for label in out if label in right and label not in left][-1]
-        self.batch = [label for label in out if label not in (self.rows, self.columns)]
+        rows = [label for label in out if label in left and label not in right]
+        self.rows = next((label for label in reversed(rows) if self._keeps_operand(label)), rows[-1])
+        self.batch = self._batch(self.rows)
+
+    def _batch(self, rows: str) -> list[str]:
+        return [label for label in self.out if label not in (rows, self.columns)]
+
+    def _keeps_operand(self, rows: str) -> bool:
+        """Whether the left operand of ``weights @ values`` stays as it is: then weights of scores stay scores."""
+        return self.right[-1] != self.inner and "".join([*self._batch(rows), rows, self.inner]) == self.left
 
     @staticmethod
     def parse(node: fx.Node) -> _Einsum | None:
-        equation = str(node.args[0]).replace(" ", "")
-        if equation.count("->") != 1 or "." in equation or equation.count(",") != 1:
+        operands = node.args[1]
+        assert isinstance(operands, (list, tuple))
+        ranks = [rank(operand) for operand in operands if isinstance(operand, fx.Node)]
+        labels = _labels(str(node.args[0]), ranks)
+        if labels is None:
             return None
-        (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
+        left, right, out = labels
         shared = [label for label in left if label in right and label not in out]
         alone = [label for label in left + right if label not in out and label not in shared]
         repeated = any(len(set(labels)) != len(labels) for labels in (left, right, out))
@@ -95,6 +107,23 @@ class _Einsum:
         return _Einsum(left, right, out)
 
 
+def _labels(equation: str, ranks: list[int]) -> tuple[str, str, str] | None:
+    """The labels of two operands and of the result, with an ellipsis written out; None for any other equation."""
+    equation = equation.replace(" ", "").replace("...", ".")
+    if equation.count("->") != 1 or equation.count(",") != 1 or len(ranks) != 2:
+        return None
+    terms = [*equation.split("->")[0].split(","), equation.split("->")[1]]
+    unused = [label for label in string.ascii_letters if label not in equation]
+    hidden = [max(size - len(term.replace(".", "")), 0) for term, size in zip(terms, ranks, strict=False)]
+    most = max(hidden)
+    if "." in equation and "." not in terms[2]:
+        return None
+    counts = [*hidden, most]
+    written = (term.replace(".", "".join(unused[most - n : most])) for term, n in zip(terms, counts, strict=True))
+    left, right, out = written
+    return (left, right, out) if (len(left), len(right)) == tuple(ranks) else None
+
+
 def _arranged(build: Builder, operand: fx.Node, labels: str, wanted: list[str]) -> fx.Node:
     present = [label for label in wanted if label in labels]
     arranged = build.call(aten.permute.default, operand, [labels.index(label) for label in present])
@@ -102,6 +131,44 @@ def _arranged(build: Builder, operand: fx.Node, labels: str, wanted: list[str]) 
         if label not in labels:
             arranged = build.call(aten.unsqueeze.default, arranged, place - (rank(arranged) + 1))
     return arranged
+
+
+class TransposedProduct(Rule):
+    """(a @ b).T is b.T @ a.T, for products of scores that are computed with keys first."""
+
+    exactness = Exactness.REASSOCIATED
+    quiet = True
+
+    def pattern(self, left: Any, right: Any) -> Any:
+        return permute(matmul(left, right).named("product"), any_argument("order"))
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        size = rank(match.product)
+        yield need(list(match.order) == _swapped(size), "other dims than the last two are swapped")
+        yield need(min(rank(match.left), rank(match.right)) >= 2 and size >= 3, "an operand has one dim")
+        yield need(match.sole_user("product"), "the product is used as it is too", at=match.product)
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        turned = (build.call(aten.permute.default, side, _swapped(rank(side))) for side in (match.right, match.left))
+        return build.call(aten.matmul.default, *turned)
+
+
+def _swapped(size: int) -> list[int]:
+    return [*range(size - 2), size - 1, size - 2]
+
+
+@identity(aten.permute.default)
+def transposed_scale(node: fx.Node, build: Builder) -> fx.Node | None:
+    """(c * (a @ b)).T is c * (a @ b).T: the scale of scores that are computed with the keys first."""
+    scaled, order = node.args
+    assert isinstance(scaled, fx.Node)
+    if not is_call(scaled, (aten.mul.Tensor, aten.div.Tensor)) or len(scaled.users) > 1:
+        return None
+    product, number = scaled.args
+    if not is_call(product, (aten.matmul.default,)) or not isinstance(number, (int, float)):
+        return None
+    turned = build.call(aten.permute.default, product, order)
+    return build.call(scaled.target, turned, number)  # type: ignore[arg-type]
 
 
 class MatmulIsLinear(Rule):
@@ -177,4 +244,13 @@ class LinearKeepsShape(Rule):
         return build.call(aten.linear.default, match.x, match.weight, *bias)
 
 
-SPELLINGS = (product_is_matmul, product_and_sum, EinsumIsMatmul(), MatmulIsLinear(), LinearBias(), LinearKeepsShape())
+SPELLINGS = (
+    product_is_matmul,
+    product_and_sum,
+    EinsumIsMatmul(),
+    TransposedProduct(),
+    transposed_scale,
+    MatmulIsLinear(),
+    LinearBias(),
+    LinearKeepsShape(),
+)

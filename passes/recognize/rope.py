@@ -34,23 +34,28 @@ select = operator(aten.select.int)
 
 
 def turned(x: Any) -> Any:
-    """``x`` with each pair turned by a quarter: ``(a, b)`` becomes ``(-b, a)``."""
+    """``x`` with each pair turned by a quarter: ``(a, b)`` becomes ``(-b, a)``, or ``(b, -a)`` in a layout "back"."""
     pairs = reshape(variable("base"), anything()).named("pairs")
-    halves = [
-        neg(slice_(x, -1, scalar("second_start"), scalar("second_end"))),
+    halves = (
+        slice_(x, -1, scalar("second_start"), scalar("second_end")),
         slice_(x, -1, scalar("first_start"), scalar("first_end")),
-    ]
-    steps = [
-        neg(slice_(x, -1, scalar("odd"), anything("odd_end"), 2)),
-        slice_(x, -1, scalar("even"), anything("even_end"), 2),
-    ]
-    picks = [neg(select(pairs, -1, scalar("odd"))), select(pairs, -1, scalar("even"))]
-    return either(
-        halves=cat(halves, -1).named("turned"),
-        steps=reshape(stack(steps, -1).named("turned"), anything()),
-        picks=reshape(stack(picks, -1).named("turned"), anything()),
-        tag="layout",
     )
+    steps = (
+        slice_(x, -1, scalar("odd"), anything("odd_end"), 2),
+        slice_(x, -1, scalar("even"), anything("even_end"), 2),
+    )
+    picks = (select(pairs, -1, scalar("odd")), select(pairs, -1, scalar("even")))
+
+    def joined(parts: list[Any], layout: str) -> Any:
+        if layout == "halves":
+            return cat(parts, -1).named("turned")
+        return reshape(stack(parts, -1).named("turned"), anything())
+
+    alternatives = {}
+    for layout, (second, first) in {"halves": halves, "steps": steps, "picks": picks}.items():
+        alternatives[layout] = joined([neg(second), first], layout)
+        alternatives[f"{layout} back"] = joined([second, neg(first)], layout)
+    return either(**alternatives, tag="layout")
 
 
 class RecognizeRope(Rule):
@@ -84,25 +89,26 @@ class RecognizeRope(Rule):
             yield need(rest_of(match.x, match.passed) is not None, "what is appended is not the rest", match.passed)
 
     def _check_pairs(self, match: Match, size: Any) -> Iterator[Requirement]:
-        start = match.get("start", 0)
+        start, parts = match.get("start", 0), match.layout.removesuffix(" back")
         middle, end = start + size // 2, start + size
-        if match.layout == "halves":
+        if parts == "halves":
             first, second = (match.first_start, match.first_end), (match.second_start, match.second_end)
             halves = (start, middle), (middle, end)
             yield need((second, first) != halves, "the halves are swapped: the first one is negated", match.turned)
             yield need((first, second) == halves, "the parts are not the two halves", match.turned)
             return
-        odd, even = (start + 1, start) if match.layout == "steps" else (1, 0)
+        odd, even = (start + 1, start) if parts == "steps" else (1, 0)
         yield need((match.even, match.odd) != (odd, even), "the first entry of each pair is negated", match.turned)
         yield need((match.even, match.odd) == (even, odd), "the parts are not the entries of pairs", match.turned)
-        if match.layout == "picks":
+        if parts == "picks":
             yield need(is_paired(match.pairs, match.x), "the pairs are not neighbours in the input", match.pairs)
         else:
             ends = (match.odd_end, match.even_end) == (end, end)
             yield need(ends and size % 2 == 0, "the parts do not cover the input", match.turned)
 
     def replace(self, match: Match, build: Builder) -> Replacement:
-        layout = "half" if match.layout == "halves" else "interleaved"
+        layout = "half" if match.layout.startswith("halves") else "interleaved"
+        sin = build.call(aten.neg.default, match.sin) if match.layout.endswith(" back") else match.sin
         x, size = match.x, shape(match.x)[-1]
         base = deinterleaved(x) if layout == "half" else None
         if match.extent == "partial":
@@ -114,4 +120,4 @@ class RecognizeRope(Rule):
             x = again(x, build)
         if "raised" in match:
             x = build.call(aten.to.dtype, x, match.wide)
-        return build.call(ops.rope, x, match.cos, match.sin, size, layout)
+        return build.call(ops.rope, x, match.cos, sin, size, layout)

@@ -33,15 +33,14 @@ class RecognizeRopePairs(Rule):
         first, second = (
             Call((aten.slice.Tensor, aten.select.int), (x, -1), name=n, loose=True) for n in ("first", "second")
         )
-        difference = either(
-            sub(mul(first, cos), mul(second, sin)).named("difference"),
-            add(mul(first, cos), neg(mul(second, sin))).named("difference"),
-            add(mul(first, cos), mul(neg(second), sin)).named("difference"),
+        turns = either(
+            forth=[_minus(mul(first, cos), second, sin), add(mul(second, cos), mul(first, sin))],
+            back=[add(mul(first, cos), mul(second, sin)), _minus(mul(second, cos), first, sin)],
+            tag="way",
         )
-        total = add(mul(second, cos), mul(first, sin))
         return either(
-            halves=cat([difference, total], -1),
-            pairs=reshape(stack([difference, total], -1), anything()),
+            halves=cat(turns, -1),
+            pairs=reshape(stack(turns, -1), anything()),
             tag="written",
         )
 
@@ -53,8 +52,9 @@ class RecognizeRopePairs(Rule):
         for table in (match.cos, match.sin):
             full = rank(table) > 0 and size_equal(shape(table)[-1], shape(match.first)[-1])
             yield need(full, "cos and sin do not have one value for each pair", table)
-        same = sizes_equal(shape(match.difference), shape(match.first))
-        yield need(same, "the rotation changes the shape", match.difference)
+        parts = _parts(match.root)
+        same = all(sizes_equal(shape(part), shape(match.first)) for part in parts)
+        yield need(same, "the rotation changes the shape", parts[0])
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         source = parts_of(match.first, match.second)
@@ -67,10 +67,28 @@ class RecognizeRopePairs(Rule):
             x = build.call(aten.slice.Tensor, x, -1, *source.bounds)
         layout = "interleaved" if match.written == "pairs" else "interleaved_to_half"
         layout = "half" if source.read == "halves" else layout
-        result = build.call(ops.rope, x, match.cos, match.sin, size, layout)
+        sin = match.sin if match.way == "forth" else build.call(aten.neg.default, match.sin)
+        result = build.call(ops.rope, x, match.cos, sin, size, layout)
         if sizes_equal(shape(result), shape(match.root)):
             return result
         return build.call(aten.reshape.default, result, match.root.args[1])
+
+
+def _minus(product: Any, part: Any, sin: Any) -> Any:
+    """``product - part * sin`` in its spellings."""
+    return either(
+        sub(product, mul(part, sin)),
+        add(product, neg(mul(part, sin))),
+        add(product, mul(neg(part), sin)),
+        add(product, mul(part, neg(sin))),
+    )
+
+
+def _parts(root: fx.Node) -> list[fx.Node]:
+    """The two parts of each pair that ``root`` joins."""
+    joined = root.args[0] if is_call(root, (aten.reshape.default,)) else root
+    assert isinstance(joined, fx.Node)
+    return list(joined.args[0])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

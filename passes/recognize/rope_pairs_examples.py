@@ -38,6 +38,12 @@ def backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
+def other_way(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turned the other way (NanoChat)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos + second * sin, first * (-sin) + second * cos), -1)
+
+
 def no_turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Both outputs subtract."""
     first, second = x.chunk(2, dim=-1)
@@ -57,6 +63,7 @@ EXAMPLES = (
     example("steps to halves", rotated("steps", "halves"), table=4),
     example("front", front, table=2),
     example("sum of a negative", negated, table=4),
+    example("the other way", other_way, table=4),
 )
 
 NEAR_MISSES = (

@@ -116,3 +116,14 @@ def test_varied_inputs_change_masks_and_integers_only() -> None:
 def test_zeros_and_ones_of_any_type_are_a_mask() -> None:
     (mask,) = vary_inputs([torch.ones(2, 32, dtype=torch.int64)])
     assert set(mask.flatten().tolist()) == {0, 1}
+
+
+def test_number_that_depends_on_the_data_is_computed() -> None:
+    def function(x: Tensor, counts: Tensor) -> Tensor:
+        first, second = x.split(counts.tolist())
+        return torch.cat([first.sin(), second.cos()])
+
+    counts = torch.tensor([1, 2])
+    program = program_of(function, X, counts)
+    (value,) = Probe(program, (), Pool(), [X, counts]).evaluate([node_of(program, aten.cat.default)])
+    assert torch.equal(value, function(X, counts))

@@ -188,3 +188,14 @@ def test_rows_that_are_not_a_number_must_stay_so() -> None:
 
     result = verdict(softmax_of_nothing, (X,), zeros)
     assert not result.accepted
+
+
+def test_what_a_rule_built_and_does_not_use_is_not_asked_for() -> None:
+    """Its operand lies inside of what is replaced: a random value there would cut the old nodes apart."""
+
+    def rewrite(build: Builder, program: Program) -> fx.Node:
+        (x,) = program.user_inputs()
+        build.call(aten.neg.default, next(iter(x.users)))
+        return build.call(aten.cos.default, build.call(aten.sin.default, x))
+
+    assert verdict(lambda x: x.sin().cos(), (X,), rewrite, Exactness.BITWISE).accepted

@@ -68,6 +68,14 @@ Q, K = numbers(2, 4, 3, 8), numbers(2, 4, 5, 8, seed=1)
             numbers(2, 2, 7, 8),
             "permute(x1, [0, 1, 3, 2]); unsqueeze(0, -3); matmul(x0, 1)",
         ),
+        (  # queries of several heads, one key head for all: weights of scores stay scores
+            "bhqk,bkd->bqhd",
+            numbers(2, 4, 3, 5),
+            numbers(2, 5, 8),
+            "unsqueeze(x1, -3); matmul(x0, 0); permute(1, [0, 2, 1, 3])",
+        ),
+        ("...qd,...kd->...qk", Q, K, "permute(x1, [0, 1, 3, 2]); matmul(x0, 0)"),
+        ("...ij,jk->...ik", numbers(2, 2, 3), numbers(3, 4), "unsqueeze(x1, -3); matmul(x0, 0)"),
         ("ij,jk->ik", numbers(2, 3), numbers(3, 4), "matmul(x0, x1)"),
         ("i j, k j -> i k", numbers(2, 3), numbers(4, 3), "permute(x1, [1, 0]); matmul(x0, 0)"),
     ],
@@ -81,7 +89,7 @@ def test_einsum_is_matmul(equation: str, left: Tensor, right: Tensor, expected: 
     [
         ("bij,bjk->bi", (A, B)),  # k is summed alone
         ("bij,bij->b", (A, A)),  # two indices are contracted
-        ("...ij,...jk->...ik", (A, B)),
+        ("...ij,...jk->ik", (A, B)),  # what the ellipsis stands for is summed
         ("bij->bji", (A,)),
     ],
 )
@@ -165,3 +173,11 @@ def test_repeated_heads(function: Callable[[Tensor], Tensor]) -> None:
 def test_tiled_heads_are_not_repeated_heads() -> None:
     text = canonical(lambda x: x[:, None].expand(2, 2, 3, 5, 4).reshape(2, 6, 5, 4), HEADS)
     assert "repeat_interleave" not in text
+
+
+def test_transposed_product_is_a_product() -> None:
+    """Scores that are computed with the keys first."""
+    text = canonical(lambda q, k: (k @ q.mT).mT.sin(), Q, K, tolerance=CLOSE)
+    assert text == "permute(x1, [0, 1, 3, 2]); matmul(x0, 0); sin(1)"
+    used = canonical(lambda q, k: ((p := k @ q.mT).mT, p), Q, K, tolerance=CLOSE)
+    assert used == "permute(x0, [0, 1, 3, 2]); matmul(x1, 0); permute(1, [0, 1, 3, 2])"

@@ -359,3 +359,32 @@ def test_learnable_sinks(minus_maximum: bool) -> None:
     assert site["sinks"] is not None and site["mask"] == "band(None,0)"
     expected = formula(Q, K, V, allowed=CAUSAL, sinks=sinks)
     torch.testing.assert_close(run(program, (Q, K, V)).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_repeated_before_they_come_to_the_front() -> None:
+    """``[batch, length, kv_heads, size]`` is repeated, and then permuted (the original Llama code)."""
+    query = numbers(BATCH, LENGTH, HEADS, DIM, seed=1)
+    key, value = (numbers(BATCH, LENGTH, 2, DIM, seed=seed) for seed in (2, 3))
+
+    def repeated(x: Tensor) -> Tensor:
+        return x[:, :, :, None].expand(BATCH, LENGTH, 2, 2, DIM).reshape(BATCH, LENGTH, HEADS, DIM)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, repeated(k), repeated(v)))
+        return attend(q @ k.transpose(2, 3) * SCALE, v)
+
+    site = found(function, (query, key, value))
+    assert site["key"].meta["val"].shape[1] == site["value"].meta["val"].shape[1] == 2
+
+
+def test_one_key_head_for_all_queries_by_einsum() -> None:
+    query, key, value = numbers(BATCH, LENGTH, HEADS, DIM, seed=1), K[:, 0], V[:, 0]
+    site = found(
+        lambda q, k, v: torch.einsum("bhqk,bkd->bqhd", torch.einsum("bqhd,bkd->bhqk", q, k).softmax(-1), v),
+        (query, key, value),
+    )
+    assert site["key"].meta["val"].shape[1] == 1
+
+
+def test_scores_with_the_keys_first() -> None:
+    found(lambda q, k, v: attend((k @ q.mT * SCALE).mT, v), expected=formula(Q, K, V))
