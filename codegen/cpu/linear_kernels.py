@@ -1,9 +1,10 @@
 """The kernels that a linear layer can run on, each as nodes of the lowered graph.
 
-All are operators that PyTorch ships: ``plain`` is ``aten.linear`` on the model's own weight; ``transposed`` is ``mm``
-on a transposed copy; ``onednn`` multiplies with a weight packed by oneDNN; ``convolution`` is the same product as a
-1x1 convolution over ``rows`` pixels, whose oneDNN kernels are often faster than its matrix product. Packed weights
-depend on neither batch nor length, except that a convolution is planned for a number of rows.
+All but one are operators that PyTorch ships: ``plain`` is ``aten.linear`` on the model's own weight; ``transposed`` is
+``mm`` on a transposed copy; ``onednn`` multiplies with a weight packed by oneDNN; ``convolution`` is the same product
+as a 1x1 convolution over ``rows`` pixels, whose oneDNN kernels are often faster than its matrix product; ``native`` is
+our own (``native/linear.cpp``), which wins where rows are few. Packed weights depend on neither batch nor length,
+except that a convolution is planned for a number of rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from regraft.codegen.cpu.context import Emitter
+from regraft.codegen.cpu.native import linear as native_linear
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.ir.ops.activation import activate
 
 aten = torch.ops.aten
@@ -144,6 +147,18 @@ def convolution(emit: Emitter, given: Operands) -> fx.Node:
     return _epilogue(emit, given, _activated(emit, flat, given.activation))
 
 
+def native(emit: Emitter, given: Operands) -> fx.Node:
+    """Our own kernel, the whole epilogue inside."""
+    packed = emit.bind(native_linear.pack(NATIVE.library(), given.weight), given.hint)
+    epilogue = (given.bias, given.activation, given.multiplier, given.residual)
+    return emit.call(run_native, given.x, packed, given.weight.shape[0], *epilogue)
+
+
+def run_native(*given: Any) -> Tensor:
+    """``native.linear.linear`` on this process's library."""
+    return native_linear.linear(NATIVE.library(), *given)
+
+
 def _as_image(emit: Emitter, flat: fx.Node, rows: int, features: int) -> fx.Node:
     """``[rows, features]`` as ``[1, features, 1, rows]`` in channels-last layout; a slice of wider rows is copied."""
     dense = emit.call(aten.contiguous.default, flat)
@@ -198,13 +213,18 @@ KERNELS: dict[str, Kernel] = {
     "onednn": onednn,
     "onednn_fused": onednn_fused,
     "convolution": convolution,
+    "native": native,
 }
 
 
 def applicable(shape: LinearShape) -> list[str]:
     """Names of the kernels that can run a shape."""
     names = ["plain"]
-    if not (shape.dtype == torch.float32 and torch.backends.mkldnn.is_available()):
+    if shape.dtype != torch.float32:
+        return names
+    if shape.activation in native_linear.ACTIVATIONS and not NATIVE.missing():
+        names.append("native")
+    if not torch.backends.mkldnn.is_available():
         return names
     names += ["transposed", "onednn"]
     if shape.activation != "none" and shape.activation in ONEDNN_ACTIVATIONS:

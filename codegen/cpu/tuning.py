@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor, fx
 
 from regraft.codegen.cpu.attention_native import AttentionShape
 from regraft.codegen.cpu.context import Emitter
-from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
+from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable, pack_onednn
 
 _SECONDS_PER_SHAPE = 0.2
 _LARGER_THAN_CACHES = 64 << 20  # bytes
-_NEIGHBOUR = "onednn"  # what most layers run on where it runs at all
+_NEIGHBOUR = 512  # features of the product that is run beside each kernel
+_SMALL = 64  # features of the product that brings a kernel's code into the caches
 _WORTH_A_COPY = 0.97  # a packed weight must be this much faster than the plain one to be worth its memory
 
 Shape = LinearShape | AttentionShape
@@ -55,8 +57,9 @@ class Tuner:
     """Decides kernels and remembers why.
 
     A kernel is measured as it will run in a model. Every layer's weight is read once a call, from memory rather than
-    from a cache: ``others`` are tensors that are read between measurements. And it has neighbours: two libraries in
-    turn disturb each other, so that each kernel is measured together with a packed product after it.
+    from a cache: ``others`` are tensors that are read between measurements, and the kernel's code, which runs in every
+    layer, is brought back by a small product. And it has neighbours: two libraries in turn disturb each other, so that
+    each kernel is measured between two packed products of oneDNN's.
     """
 
     def __init__(self, others: Sequence[Tensor] = ()) -> None:
@@ -94,21 +97,28 @@ class Tuner:
         """Name the tensors that are read between measurements: a model's own weights, which cost no memory."""
         self._others = list(others)
 
-    def _cool(self) -> None:
+    def _as_in_a_model(self, given: Mapping[str, Tensor]) -> None:
+        """Caches as a layer finds them: other weights were read since its own, its activations just now."""
         read = 0
         for tensor in self._others:
             if read >= _LARGER_THAN_CACHES:
-                return
+                break
             tensor.sum()
             read += tensor.numel() * tensor.element_size()
+        for tensor in given.values():
+            tensor.sum()
 
     def _measure_linear(self, shape: LinearShape, weight: Tensor) -> tuple[str, dict[str, float]]:
         names = applicable(shape)
         seconds: dict[str, float] = {}
         if len(names) > 1:
-            candidates = {name: _compiled(name, shape, weight) for name in names}
+            given = _activations(shape)
+            candidates = {name: _compiled(name, shape, weight, given) for name in names}
             runs = {name: run for name, run in candidates.items() if run is not None}
-            seconds = _interleaved(dict(runs), self._cool, runs.get(_NEIGHBOUR))
+            small = replace(shape, in_features=_SMALL, out_features=_SMALL)
+            others = _activations(small)
+            rehearsals = {name: _compiled(name, small, torch.randn(_SMALL, _SMALL), others) for name in runs}
+            seconds = _interleaved(dict(runs), lambda: self._as_in_a_model(given), _neighbour(shape), rehearsals)
             for run in runs.values():
                 run.release()
         best = min(seconds, key=lambda name: seconds[name]) if seconds else "plain"
@@ -120,7 +130,7 @@ class Tuner:
         """Keys and values come from the layer before: nothing is cold."""
         for run in runs.values():
             run()
-        seconds = _interleaved(dict(runs), lambda: None)
+        seconds = _interleaved(runs)
         return min(seconds, key=lambda name: seconds[name]), seconds
 
 
@@ -146,48 +156,67 @@ class _Candidate:
         self.module._buffers.clear()
 
 
-def _compiled(name: str, shape: LinearShape, weight: Tensor) -> _Candidate | None:
-    """The kernel on random operands; None when it cannot run here."""
+def _activations(shape: LinearShape) -> dict[str, Tensor]:
+    """Random operands of a layer, by name."""
     rows = shape.rows or 256
-    graph = fx.Graph()
-    root = torch.nn.Module()
-    wide = torch.randn(rows, shape.out_features, dtype=shape.dtype)
-    given = {
-        "x": torch.randn(rows, shape.in_features, dtype=shape.dtype),
-        "bias": torch.randn(shape.out_features, dtype=shape.dtype) if shape.has_bias else None,
-        "multiplier": wide if shape.has_multiplier else None,
-        "residual": wide if shape.has_residual else None,
+    sizes = {
+        "x": (rows, shape.in_features),
+        "bias": (shape.out_features,) if shape.has_bias else None,
+        "multiplier": (rows, shape.out_features) if shape.has_multiplier else None,
+        "residual": (rows, shape.out_features) if shape.has_residual else None,
     }
-    nodes = {key: graph.placeholder(key) if value is not None else None for key, value in given.items()}
+    return {name: torch.randn(size, dtype=shape.dtype) for name, size in sizes.items() if size is not None}
+
+
+def _compiled(name: str, shape: LinearShape, weight: Tensor, given: Mapping[str, Tensor]) -> _Candidate | None:
+    """The kernel on the operands ``given``; None when it cannot run here."""
+    graph, root = fx.Graph(), torch.nn.Module()
+    nodes: dict[str, Any] = dict.fromkeys(("x", "bias", "multiplier", "residual"))
+    nodes |= {key: graph.placeholder(key) for key in given}
     emit = Emitter(root, graph)
-    operands = Operands(weight=weight, activation=shape.activation, rows=shape.rows, hint="w", **nodes)  # type: ignore[arg-type]
+    operands = Operands(weight=weight, activation=shape.activation, rows=shape.rows, hint="w", **nodes)
     try:
         graph.output(KERNELS[name](emit, operands))
-        run = _Candidate(fx.GraphModule(root, graph), [value for value in given.values() if value is not None])
+        run = _Candidate(fx.GraphModule(root, graph), list(given.values()))
         run()
     except RuntimeError:  # oneDNN says so when it has no kernel for a type or shape on this machine
         return None
     return run
 
 
+def _neighbour(shape: LinearShape) -> Callable[[], Any] | None:
+    """A packed product of oneDNN's with a small weight of its own; None where oneDNN has none."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    x = torch.randn(shape.rows or 256, _NEIGHBOUR)
+    packed = pack_onednn(torch.randn(_NEIGHBOUR, _NEIGHBOUR))
+    return lambda: torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
+
+
 def _interleaved(
-    runs: dict[str, Callable[[], Any]], cool: Callable[[], None], neighbour: Callable[[], Any] | None = None
+    runs: Mapping[str, Callable[[], Any]],
+    prepare: Callable[[], None] = lambda: None,
+    neighbour: Callable[[], Any] | None = None,
+    rehearsals: Mapping[str, Callable[[], Any] | None] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Best seconds of each, called in turn until the time is used up: noise then hits all alike. What the neighbour
     loses by coming after a kernel counts as the kernel's own time."""
     best = {name: float("inf") for name in runs}
+    beside = neighbour or (lambda: None)
+    alone = float("inf")
     deadline = time.perf_counter() + _SECONDS_PER_SHAPE
     rounds = 0
     while rounds < 2 or (rounds < 30 and time.perf_counter() < deadline):
         for name, run in runs.items():
-            cool()
-            if neighbour is not None:
-                neighbour()
+            prepare()
+            (rehearsals.get(name) or beside)()
+            beside()
+            started = time.perf_counter()
+            beside()
+            alone = min(alone, time.perf_counter() - started)
             started = time.perf_counter()
             run()
-            if neighbour is not None:
-                neighbour()
+            beside()
             best[name] = min(best[name], time.perf_counter() - started)
         rounds += 1
-    alone = 0.0 if neighbour is None else best[_NEIGHBOUR] / 2
-    return {name: seconds - alone for name, seconds in best.items()}
+    return {name: max(seconds - alone, 1e-9) for name, seconds in best.items()}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 
-from regraft.codegen.cpu.native import attention, experts, rowwise
+from regraft.codegen.cpu.native import attention, experts, linear, rowwise
 from regraft.codegen.cpu.native.library import NativeLibrary
 
 
 def _check(library: ctypes.CDLL) -> str:
-    for part in (attention, experts, rowwise):
+    for part in (attention, experts, linear, rowwise):
         part.declare(library)
     return attention.check(library)
 

@@ -16,6 +16,7 @@ constexpr int LANES = 4, TILE_VECTORS = 4;
 // TILE_ROWS * TILE_VECTORS accumulators, TILE_VECTORS operands and one broadcast fill the vector registers.
 constexpr int TILE_ROWS = 6;
 constexpr int PANEL = LANES * TILE_VECTORS;  // columns of a packed panel
+constexpr int64_t EARLY = 32;                // rows ahead that are prefetched
 constexpr int64_t DEPTH_BLOCK = 512;         // rows of a panel that stay in the second cache
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
@@ -85,7 +86,30 @@ INLINE vec silu(vec x) {
     return x / (power > splat(127.0f) ? splat(INFINITY) : below);
 }
 
-// out[R, vectors * LANES] = (add ? out : 0) + a[R, depth] @ b[depth, ...]; rows of each are a stride apart.
+// erf, to 4e-7: an odd rational function fitted on [-3.925, 3.925], beyond which erf rounds to one.
+INLINE vec erf_of(vec x) {
+    const vec edge = splat(3.925f);
+    vec kept = smaller(larger(x, -edge), edge), t = kept * kept;
+    vec p = splat(2.04603607769506e-6f), q = splat(3.8047822354958764e-5f);
+    p = p * t + splat(2.8484268358369545e-4f), q = q * t + splat(1.1638475637611508e-3f);
+    p = p * t + splat(3.772506418902846e-3f), q = q * t + splat(1.4983107926964346e-2f);
+    p = p * t + splat(5.2769157464718025e-2f), q = q * t + splat(1.1418229166551408e-1f);
+    p = p * t + splat(1.9059272284274675e-1f), q = q * t + splat(5.022411332089043e-1f);
+    p = p * t + splat(1.128379145741511f), q = q * t + splat(1.0f);
+    return kept * p / q;
+}
+
+// 1 - 2 / (exp(2x) + 1), and x itself where that is nearer: next to zero the difference would cancel.
+INLINE vec tanh_of(vec x) {
+    vec power = smaller(x * splat(2 * LOG2_E), splat(126.0f));
+    vec far = splat(1.0f) - splat(2.0f) / (exp2_of(power) + splat(1.0f));
+    vec t = x * x, size = x < splat(0.0f) ? -x : x;
+    vec near = x + x * t * (splat(-1.0f / 3) + t * (splat(2.0f / 15) + t * splat(-17.0f / 315)));
+    return size < splat(0.2f) ? near : (x == x ? far : x);
+}
+
+// out[R, vectors * LANES] = (add ? out : 0) + a[R, depth] @ b[depth, ...]; rows of each are a stride apart. The rows
+// of b that come next are asked for early: a weight comes from memory, where the processor's own guess is late.
 template <int R, int V>
 INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, float *out,
                  int64_t out_stride, bool add) {
@@ -94,7 +118,10 @@ INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_str
         for (int v = 0; v < V; v++) total[r][v] = add ? load(out + r * out_stride + v * LANES) : vec{};
     for (int64_t d = 0; d < depth; d++) {
         vec row[V];
-        for (int v = 0; v < V; v++) row[v] = load(b + d * b_stride + v * LANES);
+        for (int v = 0; v < V; v++) {
+            row[v] = load(b + d * b_stride + v * LANES);
+            __builtin_prefetch(b + (d + EARLY) * b_stride + v * LANES);
+        }
         for (int r = 0; r < R; r++) {
             vec x = splat(a[r * a_stride + d]);
             for (int v = 0; v < V; v++) total[r][v] += x * row[v];

@@ -20,7 +20,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> lis
     """Every measurement gives ``seconds``; returns which kernels each one ran."""
     seen: list[list[str]] = []
 
-    def measured(runs: dict[str, object], cool: object, neighbour: object) -> dict[str, float]:
+    def measured(runs: dict[str, object], *how: object) -> dict[str, float]:
         seen.append(list(runs))
         return {name: seconds.get(name, 1.0) for name in runs}
 

@@ -1,0 +1,75 @@
+// A linear layer on a weight packed into panels, with its epilogue: bias, activation, product, sum.
+//
+// Made for few rows (short prompts, decoding), where a product is as fast as its weight arrives.
+#include <cstdlib>
+
+#include "vector.h"
+
+constexpr int64_t ROW_BLOCK = 96;  // rows whose results of one panel stay in the first cache
+enum Activation { NONE, RELU, SIGMOID, TANH, SILU, GELU, GELU_TANH, QUICK_GELU, RELU_SQUARED };
+
+struct Linear {
+    const float *x, *weight;  // [rows, depth], [panels, depth, PANEL]
+    const float *bias, *multiplier, *residual;  // [columns], [rows, columns] twice; null for none
+    float *out;                                 // [rows, columns]
+    int64_t rows, depth, columns, x_stride, multiplier_stride, residual_stride;
+    int32_t activation;
+};
+
+INLINE vec activated(vec x, int32_t activation) {
+    switch (activation) {
+    case RELU: return x < splat(0.0f) ? splat(0.0f) : x;
+    case SIGMOID: return splat(1.0f) / (splat(1.0f) + exp2_of(smaller(x * splat(-LOG2_E), splat(127.0f))));
+    case TANH: return tanh_of(x);
+    case SILU: return silu(x);
+    case GELU: return x * splat(0.5f) * (splat(1.0f) + erf_of(x * splat(0.7071067811865476f)));
+    case GELU_TANH: {
+        vec inner = splat(0.7978845608028654f) * (x + splat(0.044715f) * x * x * x);
+        return x * splat(0.5f) * (splat(1.0f) + tanh_of(inner));
+    }
+    case QUICK_GELU: return silu(x * splat(1.702f)) * splat(1 / 1.702f);
+    case RELU_SQUARED: return x < splat(0.0f) ? splat(0.0f) : x * x;
+    default: return x;
+    }
+}
+
+// The epilogue on `rows` rows from `from`, `columns` wide, written to `to`.
+static void finish(const Linear &s, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,
+                   const float *from, int64_t from_stride, float *to) {
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t row = first_row + r;
+        const float *multiplier = s.multiplier ? s.multiplier + row * s.multiplier_stride + first_column : nullptr;
+        const float *residual = s.residual ? s.residual + row * s.residual_stride + first_column : nullptr;
+        for (int64_t j = 0; j < columns; j += LANES) {
+            int64_t count = smaller((int64_t)LANES, columns - j);
+            auto part = [&](const float *at) { return count == LANES ? load(at) : load_part(at, count); };
+            vec x = load(from + r * from_stride + j);
+            if (s.bias) x += part(s.bias + first_column + j);
+            if (s.activation) x = activated(x, s.activation);
+            if (multiplier) x *= part(multiplier + j);
+            if (residual) x += part(residual + j);
+            count == LANES ? store(to + r * s.columns + j, x) : store_part(to + r * s.columns + j, x, count);
+        }
+    }
+}
+
+extern "C" void regraft_linear(const Linear *given) {
+    const Linear &s = *given;
+    int64_t panels = ceil_div(s.columns, PANEL), blocks = ceil_div(s.rows, ROW_BLOCK);
+    bool epilogue = s.bias || s.activation || s.multiplier || s.residual;
+#pragma omp parallel
+    {
+        float *scratch = (float *)aligned_alloc(64, ROW_BLOCK * PANEL * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < panels * blocks; task++) {
+            int64_t panel = task / blocks, first = task % blocks * ROW_BLOCK, column = panel * PANEL;
+            int64_t rows = smaller(ROW_BLOCK, s.rows - first), columns = smaller((int64_t)PANEL, s.columns - column);
+            float *to = s.out + first * s.columns + column;
+            bool direct = columns == PANEL && !epilogue;
+            product(rows, PANEL, s.x + first * s.x_stride, s.x_stride, s.weight + panel * s.depth * PANEL, PANEL,
+                    s.depth, direct ? to : scratch, direct ? s.columns : PANEL, false);
+            if (!direct) finish(s, first, rows, column, columns, scratch, PANEL, to);
+        }
+        free(scratch);
+    }
+}
