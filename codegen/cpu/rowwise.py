@@ -69,16 +69,26 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return opened.mul_(up) if opened.dtype == torch.promote_types(gate.dtype, up.dtype) else opened * up
 
 
-def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str) -> Tensor:
-    """RMSNorm in fp32, where all flavours agree."""
-    return native.rms_norm(NATIVE.library(), x, None, weight, eps, offset)[0]
+def norm_native(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, centred: bool
+) -> Tensor:
+    """RMSNorm in fp32, where all flavours agree, or LayerNorm, which is ``centred``."""
+    return native.norm(NATIVE.library(), x, None, weight, bias, eps, offset, centred)[0]
 
 
-def add_rms_norm_native(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: None, eps: float, kind: str, offset: float, cast: str
+def add_norm_native(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    offset: float,
+    cast: str,
 ) -> tuple[Tensor, Tensor]:
-    """The sum and its RMSNorm in fp32: each row is read once."""
-    normed, total = native.rms_norm(NATIVE.library(), x, residual, weight, eps, offset)
+    """The sum and its norm in fp32: each row is read once."""
+    centred = kind == "layer_norm"
+    normed, total = native.norm(NATIVE.library(), x, residual, weight, bias, eps, 0.0 if centred else offset, centred)
     assert total is not None
     return normed, total
 
@@ -107,19 +117,20 @@ def lower_row_norm(context: Context, node: fx.Node) -> Lowered:
     )
     source = context.flat(x) if on_flat else context.value(x)
     optional = {name: None if given.get(name) is None else context.value(given[name]) for name in ("weight", "bias")}
-    if node.target is aten.layer_norm.default:
-        out = context.call(
-            aten.layer_norm.default,
-            source,
-            given["normalized_shape"],
-            optional["weight"],
-            optional["bias"],
-            given["eps"],
-        )
-    else:
-        norm = rms_norm_native if _native_can(x, given["weight"]) else rms_norm
-        out = context.call(norm, source, optional["weight"], given["eps"], given["offset"], given["cast"])
+    out = _emit_norm(context, node, source, optional)
     return Lowered(flat=out, fresh=True) if on_flat else Lowered(full=out, fresh=True)
+
+
+def _emit_norm(context: Context, node: fx.Node, source: fx.Node, optional: dict[str, fx.Node | None]) -> fx.Node:
+    given = arguments(node)
+    centred = node.target is aten.layer_norm.default
+    last_dim = not centred or len(given["normalized_shape"]) == 1
+    weight, bias = optional["weight"], optional["bias"]
+    if last_dim and _native_can(*(given.get(name) for name in ("x", "input", "weight", "bias"))):
+        return context.call(norm_native, source, weight, bias, given["eps"], given.get("offset", 0.0), centred)
+    if centred:
+        return context.call(node.target, source, given["normalized_shape"], weight, bias, given["eps"])
+    return context.call(rms_norm, source, weight, given["eps"], given["offset"], given["cast"])
 
 
 def lower_elementwise(context: Context, node: fx.Node) -> Lowered | None:
@@ -169,9 +180,9 @@ def lower_add_norm(context: Context, node: fx.Node) -> Lowered:
     operands = [context.value(given[name]) for name in ("x", "residual")]
     optional = [None if given[name] is None else context.value(given[name]) for name in ("weight", "bias")]
     options = [given[name] for name in ("eps", "kind", "offset", "cast")]
-    alike = sizes_equal(shape(given["x"]), shape(given["residual"])) and given["bias"] is None
-    fast = given["kind"] == "rms_norm" and alike and _native_can(given["x"], given["residual"], given["weight"])
-    return Lowered(full=context.call(add_rms_norm_native if fast else add_norm, *operands, *optional, *options))
+    tensors = [given[name] for name in ("x", "residual", "weight", "bias")]
+    fast = sizes_equal(shape(given["x"]), shape(given["residual"])) and _native_can(*tensors)
+    return Lowered(full=context.call(add_norm_native if fast else add_norm, *operands, *optional, *options))
 
 
 def add_norm(

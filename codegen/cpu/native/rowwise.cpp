@@ -1,37 +1,67 @@
-// Work on single rows: RMSNorm with or without the residual sum before it, rotary embedding, gated units.
+// Work on single rows: norms with or without the residual sum before them, rotary embedding, gated units.
 #include "vector.h"
 
 constexpr int64_t WORTH_THREADS = 1 << 15;  // elements
 
-// out = x / sqrt(mean(x^2) + eps) * (weight + offset); with a residual, x + residual is normalised, and kept in total.
-static void norm_row(const float *x, const float *residual, const float *weight, float *total, float *out,
-                     int64_t size, float eps, float offset) {
-    int64_t whole = size / LANES * LANES, rest = size - whole;
-    vec squares = vec{};
-    for (int64_t i = 0; i < size; i += LANES) {
-        vec value = i < whole ? load(x + i) : load_part(x + i, rest);
-        if (residual) {
-            value += i < whole ? load(residual + i) : load_part(residual + i, rest);
-            i < whole ? store(total + i, value) : store_part(total + i, value, rest);
-        }
+// work(i) for i in [0, count), by all threads where there are enough elements. OpenMP's own `if` clause would do it with
+// a team of one, for which its runtime lets the other threads go, and the next region waits for new ones.
+template <typename Work>
+static void for_each(int64_t count, int64_t elements, Work work) {
+    if (elements <= WORTH_THREADS) {
+        for (int64_t i = 0; i < count; i++) work(i);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count; i++) work(i);
+}
+
+struct Norm {
+    const float *x, *residual, *weight, *bias;  // [rows, size] twice, [size] twice; null for none but x
+    float *total, *out;                         // x + residual, where there is one; the result
+    int64_t rows, size, x_stride, residual_stride;
+    float eps, offset;
+    int32_t centred;
+};
+
+// RMSNorm: x / sqrt(mean(x^2) + eps) * (weight + offset) + bias; LayerNorm takes the mean from x first. With a residual
+// it is x + residual that is normalised.
+static void norm_row(const Norm &s, int64_t row) {
+    const float *x = s.x + row * s.x_stride, *residual = s.residual ? s.residual + row * s.residual_stride : nullptr;
+    float *total = s.residual ? s.total + row * s.size : nullptr, *out = s.out + row * s.size;
+    int64_t whole = s.size / LANES * LANES, rest = s.size - whole;
+    auto part = [&](const float *from, int64_t i) { return i < whole ? load(from + i) : load_part(from + i, rest); };
+    auto keep = [&](float *to, int64_t i, vec v) { i < whole ? store(to + i, v) : store_part(to + i, v, rest); };
+    vec plain = vec{}, squares = vec{};
+    for (int64_t i = 0; i < s.size; i += LANES) {
+        vec value = part(x, i);
+        if (residual) value += part(residual, i), keep(total, i, value);
+        plain += value;
         squares += value * value;
     }
     const float *from = residual ? total : x;
-    float inverse = 1 / sqrtf(sum(squares) / (float)size + eps);
-    for (int64_t i = 0; i < size; i += LANES) {
-        vec value = (i < whole ? load(from + i) : load_part(from + i, rest)) * splat(inverse);
-        if (weight) value *= (i < whole ? load(weight + i) : load_part(weight + i, rest)) + splat(offset);
-        i < whole ? store(out + i, value) : store_part(out + i, value, rest);
+    float mean = 0, square = sum(squares);
+    if (s.centred) {  // a second pass over the row: the difference of two large sums would lose digits
+        mean = sum(plain) / (float)s.size;
+        squares = vec{};
+        for (int64_t i = 0; i < whole; i += LANES) {
+            vec away = load(from + i) - splat(mean);
+            squares += away * away;
+        }
+        square = sum(squares);
+        for (int64_t i = whole; i < s.size; i++) square += (from[i] - mean) * (from[i] - mean);
+    }
+    float inverse = 1 / sqrtf(square / (float)s.size + s.eps);
+    for (int64_t i = 0; i < s.size; i += LANES) {
+        vec value = (part(from, i) - splat(mean)) * splat(inverse);
+        if (s.weight) value *= part(s.weight, i) + splat(s.offset);
+        if (s.bias) value += part(s.bias, i);
+        keep(out, i, value);
     }
 }
 
-extern "C" void regraft_rms_norm(const float *x, const float *residual, const float *weight, float *total, float *out,
-                                 int64_t rows, int64_t size, int64_t x_stride, int64_t residual_stride, float eps,
-                                 float offset) {
-#pragma omp parallel for schedule(static) if (rows * size > WORTH_THREADS)
-    for (int64_t r = 0; r < rows; r++)
-        norm_row(x + r * x_stride, residual ? residual + r * residual_stride : nullptr, weight, total + r * size,
-                 out + r * size, size, eps, offset);
+extern "C" void regraft_norm(const Norm *given) {
+    const Norm &s = *given;
+    for_each(s.rows, s.rows * s.size, [&](int64_t row) { norm_row(s, row); });
 }
 
 // Rotates the first 2 * pairs entries of each row: entry i with entry i + pairs; the others pass through. The tables
@@ -57,26 +87,25 @@ extern "C" void regraft_rope(const float *x, const float *cos, const float *sin,
                              int64_t heads, int64_t length, int64_t size, int64_t pairs, int64_t second,
                              const int64_t *x_strides, const int64_t *cos_strides, const int64_t *sin_strides,
                              const int64_t *out_strides) {
-#pragma omp parallel for collapse(2) schedule(static) if (batch * heads * length * size > WORTH_THREADS)
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t l = 0; l < length; l++)
-            for (int64_t h = 0; h < heads; h++) {
-                const float *c = cos + b * cos_strides[0] + h * cos_strides[1] + l * cos_strides[2];
-                const float *s = sin + b * sin_strides[0] + h * sin_strides[1] + l * sin_strides[2];
-                rope_row(x + b * x_strides[0] + h * x_strides[1] + l * x_strides[2], c, s, c + second, s + second,
-                         out + b * out_strides[0] + h * out_strides[1] + l * out_strides[2], pairs, size);
-            }
+    for_each(batch * length, batch * heads * length * size, [&](int64_t i) {
+        int64_t b = i / length, l = i % length;
+        for (int64_t h = 0; h < heads; h++) {
+            const float *c = cos + b * cos_strides[0] + h * cos_strides[1] + l * cos_strides[2];
+            const float *s = sin + b * sin_strides[0] + h * sin_strides[1] + l * sin_strides[2];
+            rope_row(x + b * x_strides[0] + h * x_strides[1] + l * x_strides[2], c, s, c + second, s + second,
+                     out + b * out_strides[0] + h * out_strides[1] + l * out_strides[2], pairs, size);
+        }
+    });
 }
 
 // out = silu(gate) * up
 extern "C" void regraft_silu_glu(const float *gate, const float *up, float *out, int64_t rows, int64_t size,
                                  int64_t gate_stride, int64_t up_stride) {
     int64_t whole = size / LANES * LANES, rest = size - whole;
-#pragma omp parallel for schedule(static) if (rows * size > WORTH_THREADS)
-    for (int64_t r = 0; r < rows; r++) {
+    for_each(rows, rows * size, [&](int64_t r) {
         const float *g = gate + r * gate_stride, *u = up + r * up_stride;
         float *to = out + r * size;
         for (int64_t i = 0; i < whole; i += LANES) store(to + i, silu(load(g + i)) * load(u + i));
         if (rest) store_part(to + whole, silu(load_part(g + whole, rest)) * load_part(u + whole, rest), rest);
-    }
+    });
 }

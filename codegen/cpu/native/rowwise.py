@@ -11,41 +11,57 @@ _LONG, _FLOAT = ctypes.c_int64, ctypes.c_float
 _Strides = _LONG * 3
 
 
+class _Norm(ctypes.Structure):
+    """``Norm`` in ``rowwise.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "bias", "total", "out")),
+        *((name, _LONG) for name in ("rows", "size", "x_stride", "residual_stride")),
+        ("eps", _FLOAT),
+        ("offset", _FLOAT),
+        ("centred", ctypes.c_int32),
+    )
+
+
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the functions take."""
     pointer, strides = ctypes.c_void_p, ctypes.POINTER(_LONG)
-    library.regraft_rms_norm.argtypes = [*[pointer] * 5, *[_LONG] * 4, _FLOAT, _FLOAT]
     library.regraft_rope.argtypes = [*[pointer] * 4, *[_LONG] * 6, *[strides] * 4]
     library.regraft_silu_glu.argtypes = [*[pointer] * 3, *[_LONG] * 4]
-    for name in ("regraft_rms_norm", "regraft_rope", "regraft_silu_glu"):
+    for name in ("regraft_norm", "regraft_rope", "regraft_silu_glu"):
         getattr(library, name).restype = None
 
 
-def rms_norm(
-    library: ctypes.CDLL, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
+def norm(
+    library: ctypes.CDLL,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(norm(x + residual) * (weight + offset), x + residual)`` over the last dim; no sum without a residual. ``x``
-    and ``residual`` are ``[..., size]`` of one shape."""
+    """``(normed(x + residual) * (weight + offset) + bias, x + residual)`` over the last dim: LayerNorm where
+    ``centred``, else RMSNorm; no sum without a residual. ``x`` and ``residual`` are ``[..., size]`` of one shape,
+    ``weight`` and ``bias`` ``[size]``."""
     size = x.shape[-1]
-    rows = x.numel() // size if size else 0
     flat, x_stride = _rows(x, size)
     added, added_stride = (None, 0) if residual is None else _rows(residual, size)
     out = torch.empty(x.shape, dtype=x.dtype)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
-    scale = None if weight is None else weight.contiguous()
-    library.regraft_rms_norm(
-        flat.data_ptr(),
-        None if added is None else added.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if total is None else total.data_ptr(),
-        out.data_ptr(),
-        rows,
+    tensors = (flat, added, _contiguous(weight), _contiguous(bias), total, out)
+    given = _Norm(
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        x.numel() // size if size else 0,
         size,
         x_stride,
         added_stride,
         eps,
         offset,
+        centred,
     )
+    library.regraft_norm(ctypes.byref(given))
     return out, total
 
 
@@ -87,6 +103,10 @@ def _rows(x: Tensor, size: int) -> tuple[Tensor, int]:
     if x.dim() == 2 and x.stride(1) == 1:
         return x, x.stride(0)
     return (x if x.is_contiguous() else x.contiguous()), size
+
+
+def _contiguous(table: Tensor | None) -> Tensor | None:
+    return table if table is None or table.is_contiguous() else table.contiguous()
 
 
 def _table(table: Tensor, batch: int, heads: int, length: int) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.rowwise import (
     add_norm,
-    add_rms_norm_native,
+    add_norm_native,
     glu,
+    norm_native,
     rms_norm,
-    rms_norm_native,
     rope_half,
     rope_native,
     silu_glu_native,
@@ -58,6 +58,10 @@ def test_native_gates_at_the_ends_of_the_number_line() -> None:
     torch.testing.assert_close(given, torch.nn.functional.silu(gate), equal_nan=True)
 
 
+def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str) -> Tensor:
+    return norm_native(x, weight, None, eps, offset, False)
+
+
 @pytest.mark.parametrize("function", [rms_norm, pytest.param(rms_norm_native, marks=needs_native)])
 @pytest.mark.parametrize("size", [8, 37, 200])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -67,6 +71,18 @@ def test_rms_norms(offset: float, weighted: bool, size: int, function: Callable[
     scale = 1.0 if weight is None else weight.double() + offset
     expected = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5) * scale
     assert relative_l2(function(x, weight, 1e-5, offset, "late").double(), expected) <= 1e-6
+
+
+@needs_native
+@pytest.mark.parametrize("size", [1, 8, 37, 200])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_native_layer_norm(weighted: bool, size: int) -> None:
+    """Rows far from zero keep their digits."""
+    x = draw(6, size)[::2] + 100
+    weight, bias = (draw(size, seed=2), draw(size, seed=3)) if weighted else (None, None)
+    wide = [None if tensor is None else tensor.double() for tensor in (weight, bias)]
+    expected = torch.nn.functional.layer_norm(x.double(), (size,), *wide, 1e-5)
+    assert relative_l2(norm_native(x, weight, bias, 1e-5, 0.0, True).double(), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
@@ -84,11 +100,12 @@ def test_a_sum_and_its_norm(kind: str) -> None:
 @needs_native
 @pytest.mark.parametrize("shape", [(3, 8), (2, 3, 37), (1, 200)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_native_sum_and_its_norm(weighted: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_a_native_sum_and_its_norm(kind: str, weighted: bool, shape: tuple[int, ...]) -> None:
     x, residual, weight = draw(*shape), draw(*shape, seed=1), draw(shape[-1], seed=2) if weighted else None
-    given = add_rms_norm_native(x, residual, weight, None, 1e-5, "rms_norm", 1.0, "late")
-    expected = add_norm(x.double(), residual.double(), None if weight is None else weight.double(), None, 1e-5,
-                        "rms_norm", 1.0, "late")  # fmt: skip
+    given = add_norm_native(x, residual, weight, None, 1e-5, kind, 1.0, "late")
+    wide = (x.double(), residual.double(), None if weight is None else weight.double(), None)
+    expected = add_norm(*wide, 1e-5, kind, 1.0, "late")
     assert all(relative_l2(a.double(), b) <= 1e-6 for a, b in zip(given, expected, strict=True))
 
 
