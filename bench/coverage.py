@@ -3,7 +3,7 @@
 Every family runs with eager and, where it is offered, sdpa attention, with and without a padding mask, in fp32 and
 bf16. For each kind of site the table shows found/expected; the error is the relative L2 distance of all outputs from
 the original model's. A row passes when everything expected is found and the error is at most 1e-5 (fp32) or 2e-2
-(bf16). Exit status 1 when a row does not pass.
+(bf16). Exit status 1 when a row does not pass. ``--more`` runs the families of ``more_families.py`` instead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.table import Table
 from torch.utils._pytree import tree_leaves
 
 from bench.families import FAMILIES, KINDS, Family, expected_sites
+from bench.more_families import OTHERS
 from bench.timing import write_record
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -51,7 +52,7 @@ def measure(name: str, implementation: str, padded: bool, dtype_name: str) -> Ro
     """Compile one configuration and compare it with its original."""
     torch.set_num_threads(1)
     logging.getLogger("regraft").setLevel(logging.ERROR)
-    family = next(item for item in FAMILIES if item.name == name)
+    family = next(item for item in (*FAMILIES, *OTHERS) if item.name == name)
     dtype: torch.dtype = getattr(torch, dtype_name)
     model = family.build(implementation, dtype)
     kwargs = family.inputs(padded, dtype)
@@ -112,12 +113,14 @@ def main() -> int:
     """Measure, print and, with ``--json``, record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", default="", help="comma-separated names; all by default")
+    parser.add_argument("--more", action="store_true", help="further families instead of the 27")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None, help="where to write the record")
     options = parser.parse_args()
     wanted = set(filter(None, options.families.split(",")))
-    families = [family for family in FAMILIES if not wanted or family.name in wanted]
+    listed = OTHERS if options.more else FAMILIES
+    families = [family for family in listed if not wanted or family.name in wanted]
     todo = configurations(families, options.dtypes.split(","))
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(measure, *zip(*todo, strict=True)))

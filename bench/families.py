@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TEXT = {
+TEXT = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -28,9 +28,9 @@ _TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-_GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
-_IMAGE = {
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+IMAGE = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -38,7 +38,7 @@ _IMAGE = {
     "image_size": 32,
     "patch_size": 8,
 }
-_DEEPSEEK = {
+DEEPSEEK = {
     "n_routed_experts": 8,
     "n_group": 2,
     "topk_group": 1,
@@ -63,6 +63,7 @@ class Family:
     model: str
     settings: dict[str, Any]
     image: bool = False
+    decoder: bool = False
     implementations: tuple[str, ...] = ("eager", "sdpa")
 
     def build(self, implementation: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
@@ -85,6 +86,8 @@ class Family:
         if self.image:
             return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=generator).to(dtype)}
         kwargs: dict[str, Any] = {"input_ids": torch.randint(3, 128, (batch, length), generator=generator)}
+        if self.decoder:
+            kwargs["decoder_input_ids"] = torch.randint(3, 128, (batch, length - 4), generator=generator)
         if padded:
             mask = torch.ones(batch, length, dtype=torch.long)
             mask[1, length - 6 :] = 0
@@ -101,36 +104,37 @@ def _spread_norms(model: nn.Module, seed: int) -> None:
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def _text(name: str, model: str, config: str | None = None, **settings: Any) -> Family:
+def text(name: str, model: str, config: str | None = None, **settings: Any) -> Family:
+    """A family whose settings are named as Llama's are."""
     only_eager = settings.pop("only_eager", False)
     implementations = ("eager",) if only_eager else ("eager", "sdpa")
-    return Family(name, config or name, model, {**_TEXT, **settings}, implementations=implementations)
+    return Family(name, config or name, model, {**TEXT, **settings}, implementations=implementations)
 
 
 FAMILIES: tuple[Family, ...] = (
-    _text("llama", "LlamaForCausalLM"),
-    _text("mistral", "MistralForCausalLM", sliding_window=8),
-    _text("qwen2", "Qwen2ForCausalLM"),
-    _text("qwen3", "Qwen3ForCausalLM", head_dim=16),
-    _text("gemma2", "Gemma2ForCausalLM", head_dim=16, sliding_window=8, only_eager=True),
-    _text("gemma3", "Gemma3ForCausalLM", config="gemma3_text", head_dim=16, sliding_window=8, sliding_window_pattern=2),
-    _text("phi3", "Phi3ForCausalLM"),
-    _text("olmo2", "Olmo2ForCausalLM"),
-    _text("granite", "GraniteForCausalLM"),
-    _text("cohere2", "Cohere2ForCausalLM", sliding_window=8),
-    _text("smollm3", "SmolLM3ForCausalLM"),
-    Family("gpt2", "gpt2", "GPT2LMHeadModel", {**_GPT2, "bos_token_id": 1, "eos_token_id": 2}),
-    _text("gpt_neox", "GPTNeoXForCausalLM"),
-    _text("opt", "OPTForCausalLM", ffn_dim=96, word_embed_proj_dim=64),
-    _text("mixtral", "MixtralForCausalLM", **_EXPERTS),
-    _text("qwen2_moe", "Qwen2MoeForCausalLM", **_EXPERTS, shared_expert_intermediate_size=48),
-    _text("qwen3_moe", "Qwen3MoeForCausalLM", **_EXPERTS, head_dim=16),
-    _text("olmoe", "OlmoeForCausalLM", **_EXPERTS),
-    _text("deepseek_v3", "DeepseekV3ForCausalLM", **{**_EXPERTS, **_DEEPSEEK}),
-    _text("gpt_oss", "GptOssForCausalLM", **_EXPERTS, head_dim=16, sliding_window=8, only_eager=True),
-    _text("bert", "BertModel"),
-    _text("roberta", "RobertaModel"),
-    _text("modernbert", "ModernBertModel", local_attention=8, global_attn_every_n_layers=2, cls_token_id=1,
+    text("llama", "LlamaForCausalLM"),
+    text("mistral", "MistralForCausalLM", sliding_window=8),
+    text("qwen2", "Qwen2ForCausalLM"),
+    text("qwen3", "Qwen3ForCausalLM", head_dim=16),
+    text("gemma2", "Gemma2ForCausalLM", head_dim=16, sliding_window=8, only_eager=True),
+    text("gemma3", "Gemma3ForCausalLM", config="gemma3_text", head_dim=16, sliding_window=8, sliding_window_pattern=2),
+    text("phi3", "Phi3ForCausalLM"),
+    text("olmo2", "Olmo2ForCausalLM"),
+    text("granite", "GraniteForCausalLM"),
+    text("cohere2", "Cohere2ForCausalLM", sliding_window=8),
+    text("smollm3", "SmolLM3ForCausalLM"),
+    Family("gpt2", "gpt2", "GPT2LMHeadModel", {**GPT2, "bos_token_id": 1, "eos_token_id": 2}),
+    text("gpt_neox", "GPTNeoXForCausalLM"),
+    text("opt", "OPTForCausalLM", ffn_dim=96, word_embed_proj_dim=64),
+    text("mixtral", "MixtralForCausalLM", **EXPERTS),
+    text("qwen2_moe", "Qwen2MoeForCausalLM", **EXPERTS, shared_expert_intermediate_size=48),
+    text("qwen3_moe", "Qwen3MoeForCausalLM", **EXPERTS, head_dim=16),
+    text("olmoe", "OlmoeForCausalLM", **EXPERTS),
+    text("deepseek_v3", "DeepseekV3ForCausalLM", **{**EXPERTS, **DEEPSEEK}),
+    text("gpt_oss", "GptOssForCausalLM", **EXPERTS, head_dim=16, sliding_window=8, only_eager=True),
+    text("bert", "BertModel"),
+    text("roberta", "RobertaModel"),
+    text("modernbert", "ModernBertModel", local_attention=8, global_attn_every_n_layers=2, cls_token_id=1,
           sep_token_id=2),
     Family(
         "t5-encoder",
@@ -139,9 +143,9 @@ FAMILIES: tuple[Family, ...] = (
         {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
          "feed_forward_proj": "gated-gelu", "pad_token_id": 0, "eos_token_id": 2},
     ),
-    Family("vit", "vit", "ViTModel", _IMAGE, image=True),
-    Family("dinov2", "dinov2", "Dinov2Model", {**_IMAGE, "mlp_ratio": 2}, image=True),
-    Family("siglip", "siglip_vision_model", "SiglipVisionModel", _IMAGE, image=True),
+    Family("vit", "vit", "ViTModel", IMAGE, image=True),
+    Family("dinov2", "dinov2", "Dinov2Model", {**IMAGE, "mlp_ratio": 2}, image=True),
+    Family("siglip", "siglip_vision_model", "SiglipVisionModel", IMAGE, image=True),
 )  # fmt: skip
 
 KINDS = ("attention", "norm", "rope", "glu", "moe")
