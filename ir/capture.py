@@ -22,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from regraft.ir.capture_dynamic import check_symbols, dynamic_shapes
 from regraft.ir.capture_error import CaptureError, first_line
+from regraft.ir.capture_hints import masks_as_given
 from regraft.ir.capture_regions import complete_values, inline_regions, must_decompose, refuse_left_over
 from regraft.ir.capture_speed import faster_export, resting_collector
 from regraft.ir.capture_state import ModelState, Notes, reads_layout, settle
@@ -183,7 +184,7 @@ def _export_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> tuple[ExportedProgram, Notes]:
     def export() -> ExportedProgram:
-        with torch.no_grad():
+        with torch.no_grad(), masks_as_given():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
     notes = Notes(layout_read=isinstance(model, fx.GraphModule) and reads_layout(model))
@@ -242,7 +243,7 @@ def _why_refused(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _exports_statically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), masks_as_given():
             torch.export.export(model, args, kwargs, strict=False)
     except Exception:  # as for export
         return False

@@ -261,3 +261,26 @@ def test_a_cache_in_the_output_names_the_way_out() -> None:
     program = capture(model, (), {"input_ids": ids, "use_cache": False})
     with torch.no_grad():
         assert torch.equal(outputs(program).logits, model(ids, use_cache=False).logits)
+
+
+def test_transformer_modules_do_not_look_at_their_mask() -> None:
+    """PyTorch compares it with a causal one for a mere hint, which export cannot do."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(encoder, 1, enable_nested_tensor=False)
+            self.decoder = nn.TransformerDecoder(decoder, 1)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            result: Tensor = self.decoder(x, self.encoder(x, mask=mask), tgt_mask=mask)
+            return result
+
+    model, x = Model().eval(), torch.randn(2, 5, 8)
+    for mask in (nn.Transformer.generate_square_subsequent_mask(5), torch.zeros(5, 5)):
+        program = capture(model, (x, mask))
+        torch.testing.assert_close(outputs(program), model(x, mask), rtol=1e-5, atol=1e-5)
+    assert nn.modules.transformer._detect_is_causal_mask(torch.zeros(2, 2), None, 2) is False
