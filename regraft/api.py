@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from regraft.build import Entry, Toolchain
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.compiled import CompiledModule, Options
-from regraft.errors import CaptureError, OptionError, TargetError
+from regraft.errors import ArtifactError, CaptureError, OptionError, TargetError
+from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
 from regraft.ir.records import Log
 
@@ -91,13 +92,22 @@ def compile(
 def load(path: str | os.PathLike[str], *, trust_kernels: bool = False) -> CompiledModule:
     """Load an artifact: lowered for this machine, not captured or rewritten again. Raises ``ArtifactError``."""
     from regraft.artifact import load as read
-    from regraft.report.model import Report
+    from regraft.report.model import Report, ReportError
 
     loaded = read(path, trust_kernels=trust_kernels)
-    report = Report.from_json(loaded.report) if loaded.report else _report(Path(path).name, "cpu")
+    try:
+        report = Report.from_json(loaded.report) if loaded.report else _report(Path(os.fsdecode(path)).name, "cpu")
+    except ReportError as error:
+        raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded: {error}") from error
     options = Options(target=_check_target(loaded.manifest.targets[0] if loaded.manifest.targets else "cpu"))
     session = Session(log=Log(), verify="off", tuning=loaded.members.get("tuning.jsonl", b""))
-    executable = options.toolchain.lower(loaded.program, session)
+    try:
+        executable = options.toolchain.lower(loaded.program, session)
+    except Exception as error:  # a graph that no capture made can fail anywhere
+        raise ArtifactError(
+            f"{os.fsdecode(path)} cannot be loaded: its graph cannot be lowered ({first_line(error)}); "
+            "save the model again"
+        ) from error
     compiled = CompiledModule(None, options, report)
     compiled.install(Entry(loaded.program, executable))
     return compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -37,11 +38,11 @@ def resolve(text: str, inputs: str | os.PathLike[str] | None = None) -> Source:
     inputs, "0", "1", … positions. Raises ``SourceError`` with one sentence for whatever is wrong.
     """
     path = Path(text)
-    if path.is_dir():
+    if text and path.is_dir():
         source = _from_folder(path)
     elif path.suffix == ".pt2" or path.is_file():
         source = _from_pt2(path)
-    elif ":" in text:
+    elif all(text.partition(":")):
         source = _from_factory(text)
     else:
         raise SourceError(f"there is no model {text!r}; {_EXPECTED}")
@@ -76,12 +77,17 @@ def _from_pt2(path: Path) -> Source:
         raise SourceError(f"there is no file {path}; {_EXPECTED}")
     if path.suffix != ".pt2":
         raise SourceError(f"{path} is not a .pt2 file; {_EXPECTED}")
+    log = logging.getLogger("torch.export")
+    before = log.disabled
+    log.disabled = True  # it would print the traceback of what our one sentence says
     try:
         exported = torch.export.load(path)
     except Exception as error:  # a broken file makes torch.export raise anything
         raise SourceError(
             f"{path} cannot be loaded ({first_line(error)}); write it with torch.export.save(exported_program, path)"
         ) from error
+    finally:
+        log.disabled = before
     args, kwargs = exported.example_inputs or ((), {})
     return Source(exported, tuple(args), dict(kwargs))
 
@@ -99,7 +105,7 @@ def _from_factory(text: str) -> Source:
         raise SourceError(
             f"the module {module_name} has no {attribute!r}; name a function in it that returns a model"
         ) from error
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise SourceError(f"{module_name} cannot be imported ({first_line(error)}); {_EXPECTED}") from error
     if isinstance(factory, (nn.Module, ExportedProgram)):
         return _source_of(text, factory)
@@ -107,7 +113,7 @@ def _from_factory(text: str) -> Source:
         raise SourceError(f"{text} is a {type(factory).__name__}; name a function that returns a model")
     try:
         made = factory()
-    except Exception as error:  # so does the factory
+    except (Exception, SystemExit) as error:  # so does the factory
         raise SourceError(
             f"{text} raised {first_line(error)}; it must return a model when called without arguments"
         ) from error

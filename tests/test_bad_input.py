@@ -3,6 +3,7 @@ and what to do; nothing half-written. What each part refuses by itself is tested
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ import torch
 from torch import nn
 
 def good(): return nn.Linear(4, 3).eval(), torch.ones(2, 4)
+def leaving(): raise SystemExit(3)
+def rude(): raise BaseException("neither error nor exit")
 def without_inputs(): return nn.Linear(4, 3).eval()
 def raising(): raise RuntimeError("no weights today\\nand none tomorrow")
 def wrong_size(): return nn.Linear(4, 3), torch.ones(2, 5)
@@ -194,6 +197,10 @@ def test_bad_artifacts_are_refused_and_write_nothing(change: str, tmp_path: Path
     [
         ("good", ["--target", "abacus"], 2, ("'abacus'", "the targets are")),
         ("raising", [], 2, ("bad_models:raising raised", "no weights today", "without arguments")),
+        ("leaving", [], 2, ("bad_models:leaving raised SystemExit: 3", "must return a model")),
+        ("rude", [], 1, ("unexpected BaseException: neither error nor exit",)),
+        ("good", ["--inputs", "out/m.regraft"], 2, ("out/m.regraft is read by the same command", "another output")),
+        ("good", ["--html", "out/m.regraft"], 2, ("out/m.regraft is written by the same command", "another output")),
         ("absent", [], 2, ("has no 'absent'",)),
         ("wrong_size", [], 1, ("Linear itself fails", "2x5 and 4x3", "give inputs that it accepts")),
         ("wrong_type", [], 1, ("Linear itself fails", "Long and Float", "give inputs that it accepts")),
@@ -208,7 +215,8 @@ def test_the_command_line_says_it_once(
     (tmp_path / "bad_models.py").write_text(_MODELS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bad_models", raising=False)
-    out, page = tmp_path / "out" / "m.regraft", tmp_path / "out" / "m.html"
+    monkeypatch.chdir(tmp_path)
+    out, page = Path("out/m.regraft"), Path("out/m.html")
     out.parent.mkdir()
     given = ["optimize", f"bad_models:{model}", "-o", str(out), "--html", str(page), *options]
     result = CliRunner().invoke(app, given)
@@ -217,6 +225,29 @@ def test_the_command_line_says_it_once(
     for part in parts:
         assert part in result.stderr
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["optimize", "nowhere:model", "-o", "m.regraft"],
+        ["explain", ":"],
+        ["profile", ""],
+        ["bisect", "broken.pt2"],
+        ["run", "broken.pt2", "--inputs", "x.safetensors", "-o", "y.safetensors"],
+    ],
+)
+def test_every_command_says_it_as_json_too(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.pt2").write_bytes(b"junk")
+    save_file({"0": X}, "x.safetensors")
+    result = CliRunner().invoke(app, [*given, "--json"])
+    said = json.loads(result.stdout)
+    assert said == {"error": result.stderr.removeprefix("regraft: ").strip(), "exit_code": 2} and result.exit_code == 2
+    assert result.stderr.count("\n") == 1 and capfd.readouterr().err == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.pt2", "x.safetensors"]
 
 
 def test_a_real_process_prints_one_line(tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ def save(
     artifact cannot store or the file cannot be written.
     """
     try:
-        _save(Path(path), program, report, target, dict(members or {}), keep_example)
+        _save(_path(path), program, report, target, dict(members or {}), keep_example)
     except ArtifactError as error:
-        raise ArtifactError(f"{os.fspath(path)} was not saved: {error}") from error
+        raise ArtifactError(f"{_shown(path)} was not saved: {error}") from error
 
 
 def load(
@@ -75,17 +75,29 @@ def load(
 ) -> Loaded:
     """Read an artifact; weights come to the CPU, tied ones tied again.
 
-    The layout of the zip, sizes and hashes are checked before anything in it is used, nothing is
-    unpickled, imported or evaluated, and operators come from ``aten``, ``prims``, ``regraft`` and the
-    libraries in ``namespaces``. Kernels are handed out with ``trust_kernels``, or, sources only, when
-    ``known_kernels`` has their SHA-256 (those that the installed regraft would emit). Raises
+    The layout of the zip, sizes and hashes are checked before anything in it is used, and nothing is unpickled or
+    evaluated. The only modules imported are those of an installed transformers that define the outputs of its
+    models. Operators come from ``aten``, ``prims``, ``regraft`` and the libraries in ``namespaces``. Kernels are
+    handed out with ``trust_kernels``, or, sources only, when ``known_kernels`` has their SHA-256 (those that the
+    installed regraft would emit). Raises
     ``ArtifactError`` for any file that is not exactly an artifact.
     """
     try:
-        with Reader(Path(path), limits or Limits()) as reader:
+        with Reader(_path(path), limits or Limits()) as reader:
             return _load(reader, trust_kernels, known_kernels, namespaces)
     except ArtifactError as error:
-        raise ArtifactError(f"{os.fspath(path)} cannot be loaded: {error}") from error
+        raise ArtifactError(f"{_shown(path)} cannot be loaded: {error}") from error
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    return os.fsdecode(path) or "''"
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    name = os.fsdecode(path)
+    if not name or "\0" in name:
+        raise ArtifactError("it is not the name of a file; give another path")
+    return Path(name)
 
 
 def _save(

@@ -7,9 +7,7 @@ bomb, because it cannot be larger than the file that holds it.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +19,7 @@ from typing import IO, Self
 
 from regraft.artifact.errors import ArtifactError
 from regraft.artifact.manifest import Manifest, Member, dump_json
+from regraft.files import replacing
 
 MANIFEST = "manifest.json"
 REQUIRED = ("graph.json", "weights.safetensors", "weight_ops.json", "report.json")
@@ -79,24 +78,17 @@ def writing(path: Path, manifest: Callable[[dict[str, Member]], Manifest]) -> It
 
     ``manifest`` makes the manifest from the members' sizes and hashes once all are written.
     """
-    if path.is_dir():
-        raise ArtifactError("it is a folder; give the path of the file to write")
-    if not path.parent.is_dir():
-        raise ArtifactError(f"the folder {path.parent} does not exist; create it before saving {path.name}")
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
-        with temporary.open("xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                writer = Writer(archive)
-                yield writer
-                writer.add_bytes(MANIFEST, dump_json(manifest(dict(writer.members)).to_json()))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        if path.is_dir():
+            raise ArtifactError("it is a folder; give the path of the file to write")
+        if not path.parent.is_dir():
+            raise ArtifactError(f"the folder {path.parent} does not exist; create it before saving {path.name}")
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            writer = Writer(archive)
+            yield writer
+            writer.add_bytes(MANIFEST, dump_json(manifest(dict(writer.members)).to_json()))
     except OSError as error:
         raise ArtifactError(f"it cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Reader:
@@ -109,10 +101,12 @@ class Reader:
     def __init__(self, path: Path, limits: Limits) -> None:
         self.path = path
         self.limits = limits
-        if not path.is_file():
-            raise ArtifactError("there is no such file; give the path of a saved artifact")
         try:
+            if not path.is_file():
+                raise ArtifactError("there is no such file; give the path of a saved artifact")
             self._archive = zipfile.ZipFile(path)
+        except ArtifactError:
+            raise
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise ArtifactError(_not_a_zip(path, error)) from error
         try:

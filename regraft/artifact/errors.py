@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from regraft.ir.errors import RegraftError
 
-class ArtifactError(ValueError):
+
+class ArtifactError(RegraftError, ValueError):
     """An artifact cannot be written, or a file is not one; the message says what to do."""
 
 

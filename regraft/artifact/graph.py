@@ -194,7 +194,7 @@ class _GraphReader:
             node = self._graph.output(decode_value(args, self._nodes)[0])
         elif op == "call_function":
             function = decode_target(target, self._namespaces)
-            _check_keywords(function, kwargs)
+            _check_arguments(function, args, kwargs)
             node = self._graph.create_node(
                 op,
                 function,
@@ -229,11 +229,21 @@ def _check_name(name: Any, taken: Collection[str]) -> None:
         raise ArtifactError(f"graph.json has two nodes named {name}; save the model again")
 
 
-def _check_keywords(function: Any, kwargs: dict[str, Any]) -> None:
-    known = {argument.name for argument in function._schema.arguments} if isinstance(function, OpOverload) else set()
+def _check_arguments(function: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """An operator gets the arguments that its schema has, and all that it needs."""
+    schema = list(function._schema.arguments) if isinstance(function, OpOverload) else []
+    known = {argument.name for argument in schema}
     for key in kwargs:
         if key not in known:
             raise ArtifactError(f"graph.json passes {key[:80]!r} to {function}, which has no such argument")
+    if not isinstance(function, OpOverload):
+        return
+    positional = [argument.name for argument in schema if not argument.kwarg_only]
+    given = {*positional[: len(args)], *kwargs}
+    absent = [argument.name for argument in schema if not argument.has_default_value() and argument.name not in given]
+    if len(args) > len(positional) or absent:
+        what = f"does not pass {absent[0]!r}" if absent else "passes too many arguments"
+        raise ArtifactError(f"graph.json {what} to {function}; save the model again")
 
 
 def _check_signature(graph: fx.Graph, signature: ExportGraphSignature, weights: WeightStore) -> None:

@@ -1,12 +1,15 @@
 """Structures of inputs and outputs (``TreeSpec``) as JSON.
 
 ``torch.utils._pytree.treespec_loads`` imports modules that its text names (for enums and default factories),
-so it cannot read a file that is not trusted. Here a class is only looked up among those registered as pytree
-nodes.
+so it cannot read a file that is not trusted. Here a class is only looked up among those registered as pytree nodes;
+for the outputs of an installed transformers, its own module registers them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import re
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from typing import Any
 
@@ -17,6 +20,8 @@ from regraft.artifact.errors import ArtifactError
 from regraft.artifact.values import decode_value, encode_value
 
 _FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool)}
+#: Modules of transformers that define what its models return: the only ones that an artifact makes the loader import.
+_MODEL_OUTPUTS = re.compile(r"transformers\.(modeling_outputs|cache_utils|models\.\w+\.modeling_\w+)", re.ASCII)
 _BUILTIN: dict[str, Any] = {
     "tuple": tuple,
     "list": list,
@@ -112,6 +117,8 @@ def _registered_name(kind: Any) -> str:
 
 
 def _registered_class(name: Any) -> Any:
+    if isinstance(name, str) and name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        _import_model_output(name)
     kind = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ArtifactError(
@@ -119,6 +126,14 @@ def _registered_class(name: Any) -> Any:
             "process; import the module that defines it before loading"
         )
     return kind
+
+
+def _import_model_output(name: str) -> None:
+    """Let transformers register its class ``name``, if it is installed and that is one of its outputs or caches."""
+    module = name.rpartition(".")[0]
+    if _MODEL_OUTPUTS.fullmatch(module):
+        with contextlib.suppress(Exception):  # another version without it: the caller says what is missing
+            importlib.import_module(module)
 
 
 def _malformed(data: Any) -> ArtifactError:

@@ -39,7 +39,7 @@ def bisect(
     as_json: JsonOption = False,
 ) -> None:
     """Find the first rule application after which the outputs leave the tolerance. Exit code 1 when there is one."""
-    with guard():
+    with guard(as_json):
         if tolerance is not None and not tolerance >= 0:
             raise UsageFault(f"the tolerance {tolerance} is not a number from 0 up; give one such as 1e-5")
         from regraft.trial import Bench

@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -40,33 +40,42 @@ class Refused(Exception):
 
 
 @contextlib.contextmanager
-def guard() -> Iterator[None]:
+def guard(as_json: bool) -> Iterator[None]:
     """Turn every failure of a command into one message on stderr and an exit code, never a traceback.
 
-    With the environment variable ``REGRAFT_TRACEBACK=1`` failures keep their traceback.
+    With ``as_json`` the message is on stdout too, as ``{"error": …, "exit_code": …}``. With the environment variable
+    ``REGRAFT_TRACEBACK=1`` failures keep their traceback.
     """
     if os.environ.get(_TRACEBACK) == "1":
         yield
         return
     try:
         yield
-    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+    except (typer.Exit, typer.Abort, KeyboardInterrupt, SystemExit, BrokenPipeError):
         raise
-    except UsageFault as error:
-        _fail(USAGE, str(error))
-    except Refused as error:
-        _fail(REFUSED, str(error))
-    except OSError as error:
-        _fail(REFUSED, f"{error.filename or 'a file'}: {error.strerror or error}")
-    except Exception as error:
-        if _is_stated(error):
-            _fail(USAGE if _is_usage(error) else REFUSED, _one_line(error))
-        said = str(error).strip().splitlines()
-        _fail(
-            REFUSED,
-            f"unexpected {type(error).__name__}: {said[0] if said else 'no message'} "
-            f"(set {_TRACEBACK}=1 and run again to see where)",
-        )
+    except BaseException as error:  # a factory may raise what it likes
+        code, message = _stated(error)
+        typer.echo(f"regraft: {message}", err=True)
+        if as_json:
+            typer.echo(json.dumps({"error": message, "exit_code": code}))
+        raise typer.Exit(code) from error
+
+
+def _stated(error: BaseException) -> tuple[int, str]:
+    """The exit code and the one sentence for a failure."""
+    if isinstance(error, UsageFault):
+        return USAGE, _one_line(error)
+    if isinstance(error, Refused):
+        return REFUSED, _one_line(error)
+    if isinstance(error, OSError):
+        return REFUSED, f"{error.filename or 'a file'}: {error.strerror or error}"
+    if _is_stated(error):
+        return USAGE if _is_usage(error) else REFUSED, _one_line(error)
+    said = (str(error).strip().splitlines() or ["no message"])[0]
+    return (
+        REFUSED,
+        f"unexpected {type(error).__name__}: {said} (set {_TRACEBACK}=1 and run again to see where)",
+    )
 
 
 @contextlib.contextmanager
@@ -80,28 +89,22 @@ def as_usage() -> Iterator[None]:
         raise
 
 
-def _is_stated(error: Exception) -> bool:
+def _is_stated(error: BaseException) -> bool:
     """Whether an error's message was written for the user; classes are imported only when something failed."""
-    from regraft.errors import ArtifactError, RegraftError
-    from regraft.report import ReportError
+    from regraft.ir.errors import RegraftError
 
-    return isinstance(error, (RegraftError, ArtifactError, ReportError))
+    return isinstance(error, RegraftError)
 
 
-def _is_usage(error: Exception) -> bool:
+def _is_usage(error: BaseException) -> bool:
     """Whether what the user named does not exist, in contrast to work that was refused."""
     from regraft.errors import OptionError, SourceError, TargetError
 
     return isinstance(error, (OptionError, SourceError, TargetError))
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-def _fail(code: int, message: str) -> NoReturn:
-    typer.echo(f"regraft: {message}", err=True)
-    raise typer.Exit(code)
 
 
 def emit(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> None:
@@ -112,11 +115,18 @@ def emit(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> Non
         typer.echo(text().rstrip("\n"))
 
 
-def check_output(*paths: Path | None) -> None:
-    """Find out before long work whether its result could be written; raises ``UsageFault``."""
+def check_output(*paths: Path | None, keep: Iterable[str | Path | None] = ()) -> None:
+    """Find out before long work whether its result could be written; raises ``UsageFault``.
+
+    ``keep`` names what is read, and must not be written over.
+    """
+    taken = {Path(path).resolve(): "is read" for path in keep if path is not None}
     for path in paths:
         if path is None:
             continue
+        if path.resolve() in taken:
+            raise UsageFault(f"{path} {taken[path.resolve()]} by the same command; give another output")
+        taken[path.resolve()] = "is written"
         if path.is_dir():
             raise UsageFault(f"{path} is a folder, and the output must be a file; give a file name in it")
         if not path.parent.is_dir():

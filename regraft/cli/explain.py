@@ -34,7 +34,7 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Show what each rule did at each site: fired, or the requirement that failed, with the source line."""
-    with guard():
+    with guard(as_json):
         from regraft.ir.driver import Session
 
         passes = toolbox.pipeline(target)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -47,5 +51,12 @@ def main(
 
 
 def run() -> None:
-    """The console script."""
-    app()
+    """The console script. What is interrupted cleans up after itself, and a reader that left early is no error."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # for the authors of libraries, not for who runs this
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files are removed on the way out
+    try:
+        app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        sys.exit(0)

@@ -21,7 +21,6 @@ from regraft.cli.common import (
     progress,
 )
 from regraft.report import units
-from regraft.report.files import replacing
 
 
 class Verify(StrEnum):
@@ -45,8 +44,8 @@ def optimize(
     as_json: JsonOption = False,
 ) -> None:
     """Compile MODEL, check it, and write the artifact."""
-    with guard():
-        check_output(output, html)
+    with guard(as_json):
+        check_output(output, html, keep=(model, inputs))
         with progress(f"compiling {model}", as_json):
             source = toolbox.resolve(model, inputs)
             fast = toolbox.compile_model(source, target=target, dynamic=True if dynamic else None, verify=verify.value)
@@ -63,8 +62,8 @@ def optimize(
         if not fast.entries:
             reasons = "; ".join(event.reason for event in report.events) or "no reason was recorded"
             raise Refused(f"{model} was not compiled, so {output} was not written: {reasons}")
-        with replacing(output) as temporary, progress(f"writing {output}", as_json):
-            fast.save(temporary)
+        with progress(f"writing {output}", as_json):
+            fast.save(output)
         emit(as_json, lambda: _data(output, html, report), lambda: _text(output, html, report))
 
 

@@ -43,8 +43,8 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure every operator and set it beside the cost model."""
-    with guard():
-        check_output(html, trace)
+    with guard(as_json):
+        check_output(html, trace, keep=(model, inputs))
         if runs < 1:
             raise UsageFault(f"--runs is {runs}, and a median needs at least one run; give a number from 1 up")
         with progress(f"profiling {model}", as_json):

@@ -22,8 +22,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run an artifact and write its outputs."""
-    with guard():
-        check_output(output)
+    with guard(as_json):
+        check_output(output, keep=(artifact, inputs))
         args, kwargs = toolbox.read_inputs(inputs)
         with progress(f"running {artifact}", as_json):
             fast = toolbox.load(artifact)

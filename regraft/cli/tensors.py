@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.common import Refused
-from regraft.report.files import replacing
+from regraft.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor

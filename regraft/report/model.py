@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regraft.files import write_text
+from regraft.ir.errors import RegraftError
 from regraft.ir.records import Application, Log, Refusal, RuleStatistics
-from regraft.report.files import write_text
 
 SCHEMA_VERSION = 1
 
 
-class ReportError(ValueError):
+class ReportError(RegraftError, ValueError):
     """JSON that is not a report of a version that this regraft reads."""
 
 

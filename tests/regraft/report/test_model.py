@@ -11,9 +11,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from regraft.files import replacing
 from regraft.ir.records import Log
 from regraft.report import Event, Report, ReportError
-from regraft.report.files import replacing
 from regraft.report.serialize import schema
 from tests.regraft.report.sample import application, sample
 
