@@ -36,5 +36,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench.coverage
 	$(BIN)/python -m bench.cpu_peers
 
+# On a machine with a GPU and PyTorch, where nothing can be installed: the system's Python, as it is.
+gpu:
+	$(PYTHON) -m bench.gpu --json $(or $(OUT),bench/results)/gpu.json
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -24,15 +24,15 @@ class PlainDecoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of every position."""
         x = self.embedding(tokens)
-        cos, sin = self._tables(tokens.shape[1])
+        cos, sin = (table.to(x.dtype) for table in self._tables(tokens.shape[1], tokens.device))
         for block in self.blocks:
             x = block(x, cos, sin)
         return self.head(self.norm(x))  # type: ignore[no-any-return]
 
-    def _tables(self, length: int) -> tuple[Tensor, Tensor]:
+    def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         size = self.blocks[0].head_size
-        rates = 10000.0 ** (-torch.arange(0, size, 2) / size)
-        angles = torch.arange(length)[:, None] * rates
+        rates = 10000.0 ** (-torch.arange(0, size, 2, device=device) / size)
+        angles = torch.arange(length, device=device)[:, None] * rates
         both = torch.cat([angles, angles], -1)
         return both.cos(), both.sin()
 

@@ -23,7 +23,7 @@ import torch
 #: Seconds before each turn, for the threads of the one before to go to sleep; an unmeasured call then wakes ours.
 _SETTLE = 0.05
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "onnxscript", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "openvino", "onnxscript", "numpy")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,10 @@ def write_record(name: str, results: Mapping[str, Any], path: Path | None = None
 
 
 def device() -> dict[str, Any]:
-    """Name the processor, its vector instructions and the threads that torch uses."""
+    """Name the processor, its vector instructions and the threads that torch uses, and the GPU where there is one."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

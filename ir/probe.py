@@ -115,7 +115,7 @@ class Probe:
     def _random(self, node: fx.Node) -> Tensor:
         fake = node.meta["val"]
         size = [concrete(extent) for extent in fake.shape]
-        drawn = self.pool.take(size, fake.dtype, self._frontier[node])
+        drawn = self.pool.take(size, fake.dtype, self._frontier[node]).to(fake.device)
         value: Tensor = self._widen(drawn)
         strides = sorted((i for i in range(fake.dim())), key=lambda i: -concrete(fake.stride()[i]))
         if strides != list(range(fake.dim())):  # keep the layout: `view` is legal or not depending on it
