@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.ir.nodes import Builder, shape, size_equal
+from regraft.ir.nodes import Builder, is_call, is_tensor, shape, size_equal, sizes_equal
 from regraft.ir.pattern import (
     Operator,
     add,
@@ -132,11 +132,24 @@ def _check_sinks(match: Match, scores: Scores) -> None:
 
 
 def _read_outside(match: Match) -> fx.Node | None:
-    """An interior node whose value is read outside the match: scores and weights would be computed twice."""
+    """An interior node whose value is read outside the match: scores and weights would be computed twice.
+
+    Weights of several values (differential attention) are read by the product with each: every one is an attention
+    of its own, as the source has it before equal weights are merged.
+    """
     inside = set(match.nodes)
+    weights = match.root.args[0]
     for node in match.nodes[1:]:
-        if any(user not in inside and user.users for user in node.users):
+        if any(user not in inside and user.users and not _is_sibling(user, weights, match) for user in node.users):
             return node
         if any(user.op == "output" for user in node.users):
             return node
     return None
+
+
+def _is_sibling(user: fx.Node, weights: Any, match: Match) -> bool:
+    """Whether ``user`` is the product of the same weights with another value of the same shape."""
+    if not is_call(user, (aten.matmul.default,)) or user.args[0] is not weights:
+        return False
+    value = user.args[1]
+    return is_tensor(value) and value is not weights and sizes_equal(shape(value), shape(match.value))  # type: ignore[arg-type]

@@ -44,6 +44,11 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return weights.to(query.dtype) @ values
 
 
+def _two_values(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    weights = (query @ key.mT * _SCALE).softmax(-1)
+    return torch.cat([weights @ value, weights @ value.flip(1)], -1)
+
+
 def _weights_returned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     weights = (query @ key.mT).softmax(-1)
     return weights @ value, weights
@@ -53,6 +58,7 @@ ATTENTION = (
     Example("causal, by masked_fill", _heads(_causal)),
     Example("softcap", _heads(_softcapped)),
     Example("grouped queries, softmax in fp32", _heads(_grouped, kv_heads=2)),
+    Example("one weight for two values", _heads(_two_values)),
 )
 ATTENTION_NEAR_MISSES = (
     Example(
