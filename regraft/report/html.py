@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from regraft.report import units
 from regraft.report.groups import fired_rows, refusal_groups
@@ -159,8 +160,14 @@ def _environment() -> Environment:
         "count": units.count,
         "ratio": lambda pair: units.ratio(*pair),
         "short_line": short_line,
+        "breakable": breakable,
     }
     return environment
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may be broken after its underscores and dots, and not within a word."""
+    return Markup(re.sub(r"([_.])(?=\w)", r"\1<wbr>", str(escape(name))))
 
 
 def _source(name: str) -> str:

@@ -90,3 +90,13 @@ def test_both_colour_schemes_differ(page: Any) -> None:
 def test_user_text_is_no_markup(page: Any) -> None:
     assert page.locator("h1 b").count() == 0
     assert "<b>bold</b>" in page.inner_text("h1")
+
+
+def test_words_are_not_broken_and_small_tables_stay_tables(page: Any) -> None:
+    heights = page.eval_on_selector_all("#fired-table td.word", "cells => cells.map(cell => cell.clientHeight)")
+    assert heights and max(heights) < 45  # one line
+    assert page.locator("#sites thead").is_visible()
+    names = page.eval_on_selector_all(
+        "#time .bars .name", "names => names.map(name => [name.scrollWidth, name.clientWidth])"
+    )
+    assert names and all(needed <= given for needed, given in names)

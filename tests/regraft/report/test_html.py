@@ -12,7 +12,7 @@ from regraft.report.html import operator_totals, render, short_line
 from regraft.report.roofline import points, roofline_svg
 from tests.regraft.report.sample import sample
 
-VOID = {"meta", "link", "input", "rect", "line"}
+VOID = {"wbr", "meta", "link", "input", "rect", "line"}
 SECTIONS = ["sites", "time", "roofline", "fired", "refused", "drift", "phases", "events", "environment"]
 
 
