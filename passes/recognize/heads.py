@@ -7,6 +7,7 @@ read before the repetition.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,7 @@ def build_attention(
     query4 = _scaled(build, _four_dims(build, query, leading), scores)
     key4 = _swap_last(build, key) if heads.key_is_transposed else key
     key4, value4 = _ungrouped(build, key4, heads.value, leading)
+    query4, key4, value4 = _alike(build, query4, key4, value4)
     lengths = build.size(heads.leading, -2), build.size(heads.key, -1 if heads.key_is_transposed else -2)
     bias = build_bias(build, masks, leading, lengths)
     node = build.call(
@@ -87,6 +89,12 @@ def build_attention(
     if rank(root) != 4 or not all(size_equal(a, b) for a, b in zip(shape(root), shape(node), strict=True)):
         node = build.call(aten.reshape.default, node, build.sizes(root))
     return node if dtype(node) == dtype(root) else build.call(aten.to.dtype, node, dtype(root))
+
+
+def _alike(build: Builder, *operands: fx.Node) -> list[fx.Node]:
+    """The operands in their widest element type: some models compute the scores in fp32 and keep narrow values."""
+    widest = functools.reduce(torch.promote_types, map(dtype, operands))
+    return [node if dtype(node) == widest else build.call(aten.to.dtype, node, widest) for node in operands]
 
 
 def _scaled(build: Builder, query: fx.Node, scores: Scores) -> fx.Node:

@@ -388,3 +388,17 @@ def test_one_key_head_for_all_queries_by_einsum() -> None:
 
 def test_scores_with_the_keys_first() -> None:
     found(lambda q, k, v: attend((k @ q.mT * SCALE).mT, v), expected=formula(Q, K, V))
+
+
+def test_scores_in_fp32_of_narrow_values() -> None:
+    """GPT-Neo widens query and key, and rounds the weights to the values' type."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q.float() @ k.float().mT * SCALE).softmax(-1)
+        return weights.to(v.dtype) @ v
+
+    args = tuple(x.to(torch.bfloat16) for x in (Q, K, V))
+    program, _ = recognized(function, args)
+    (site,) = sites(program)
+    assert {site[name].meta["val"].dtype for name in ("query", "key", "value")} == {torch.float32}
+    torch.testing.assert_close(run(program, args), function(*args), rtol=2e-2, atol=2e-2)
