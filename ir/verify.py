@@ -43,7 +43,7 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
         return 0.0
     if not (value.is_floating_point() and reference.is_floating_point()):
         return 0.0 if torch.equal(value.to(torch.float64), reference.to(torch.float64)) else float("inf")
-    left, right = value.double(), reference.double()
+    left, right = value.detach().double(), reference.detach().double()
     odd = ~(torch.isfinite(left) & torch.isfinite(right))
     if bool(odd.any()):
         agree = torch.isnan(left) & torch.isnan(right) | (left == right)

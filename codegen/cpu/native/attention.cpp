@@ -83,9 +83,10 @@ static float weigh(float *row, int64_t columns, float &maximum, float factor, fl
         for (int64_t j = 0; j < columns; j += LANES) total += load(row + j);
         return sum(total);
     }
-    vec slope = splat(factor * LOG2_E), shift = splat(-maximum * LOG2_E);
+    // The maximum is taken away before anything is multiplied: a mask of the lowest number would overflow.
+    vec slope = splat(factor), shift = splat(-maximum);
     for (int64_t j = 0; j < columns; j += LANES) {
-        vec weight = exp2_of(load(row + j) * slope + shift);
+        vec weight = exp2_of((load(row + j) * slope + shift) * splat(LOG2_E));
         store(row + j, weight);
         total += weight;
     }

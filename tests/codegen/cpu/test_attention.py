@@ -163,6 +163,13 @@ def test_rows_without_any_key(fill: float | None, rows: str, value: float, maske
     assert bool(torch.isnan(result[1]).all()) == (fill is None and rows == "nan")
 
 
+def test_a_row_without_keys_beside_a_bias() -> None:
+    given, bias, keep = operands(), draw(1, HEADS, LENGTH, KEYS, seed=5), torch.ones(BATCH, KEYS)
+    keep[1] = 0
+    run = compiled((*given, torch.ones(BATCH, KEYS)), scale=0.5, mask="keys(0)", mask_fill=LOWEST, bias=bias)
+    assert_close(run(*given, keep), formula(*given, lambda b, q, k: b == 0, fill=LOWEST, bias=bias))
+
+
 @pytest.mark.parametrize("fill", [-2.0, -50.0, -1e4, LOWEST])
 def test_a_mask_value_replaces_the_score(fill: float) -> None:
     given, keep = operands(), torch.ones(BATCH, KEYS)

@@ -130,6 +130,18 @@ def test_rows_without_keys(name: str, value: float | None) -> None:
     assert bool(torch.isfinite(result[0]).all())
 
 
+def test_a_row_that_is_masked_with_the_lowest_number_sees_all_keys_alike() -> None:
+    """Also in a later block of keys, where weights are rescaled, and beside rows that are not masked."""
+    lowest = torch.finfo(torch.float32).min
+    query, key, value = draw(1, 1, 3, 8), draw(1, 1, 700, 8, seed=1), draw(1, 1, 700, 8, seed=2)
+    mask = torch.zeros(1, 1, 3, 700)
+    mask[..., 1, :] = lowest
+    mask[..., 2, :600] = lowest
+    wanted = formula(query, key, value, torch.ones(1, 1, 3, 700, dtype=torch.bool), mask)
+    wanted[..., 1, :] = value.double().mean(-2)  # adding the lowest number in fp32 is writing it
+    assert relative_l2(run(query, key, value, None, mask=mask).double(), wanted) <= 2e-6
+
+
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_what_is_not_a_number_is_not_hidden(where: str, number: float) -> None:
