@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,9 +54,32 @@ def _lowered(
     report.phases["lowering"] = time.perf_counter() - started
     flat = _inputs(program)
     module: fx.GraphModule = getattr(executable, "module")  # noqa: B009
-    rows = operator_rows(observed(module, flat), device)
+    rows = _with_work_of_sources(operator_rows(observed(module, flat), device), module.graph, program, device)
     measured = measure(module, flat, runs)
     return executable(*_inputs(program)), with_measured(rows, measured)
+
+
+def _with_work_of_sources(
+    rows: list[OperatorRow], lowered: fx.Graph, program: Program, device: Device
+) -> list[OperatorRow]:
+    """A kernel that the cost model does not know does the work of the program's node that it was lowered from."""
+    known = {row.node: row for row in operator_rows(program.graph, device) if row.known}
+    sources = {node.name: known.get(node.meta.get("source", "")) for node in lowered.nodes}
+    taken: set[str] = set()
+    result: list[OperatorRow] = []
+    for row in rows:
+        source = None if row.known else sources.get(row.node)
+        if source is not None and source.node not in taken:  # the work counts once
+            taken.add(source.node)
+            row = replace(
+                row,
+                flops=source.flops,
+                bytes=source.bytes,
+                predicted_seconds=source.predicted_seconds,
+                known=True,
+            )
+        result.append(row)
+    return result
 
 
 def _inputs(program: Program) -> list[Any]:
