@@ -98,7 +98,7 @@ def _configurations(attributes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _is_configuration(value: Any) -> bool:
     return isinstance(getattr(value, "__dict__", None), dict) and not (
         callable(value)
-        or isinstance(value, (Tensor, ModuleType))
+        or isinstance(value, (Tensor, ModuleType, dict, list, set, tuple))
         or type(value).__module__.partition(".")[0] == "torch"
     )
 

@@ -104,3 +104,8 @@ def test_a_watch_over_odd_tensors() -> None:
     assert watch.changed() == ""
     values[2].fill_(False)
     assert watch.changed() == "a weight was changed in place"
+
+
+def test_tables_that_every_module_has_are_no_configurations() -> None:
+    watch = WeightWatch(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    assert len(watch._attributes) == 3  # one a part
