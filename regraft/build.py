@@ -152,7 +152,8 @@ class Build:
     """One compilation on its way: what was done, how long it took, what came out.
 
     ``before`` is a copy of the captured program (its graph; tensors are shared). ``drift`` is the relative L2
-    error against the original on the example inputs, None when that was not asked for.
+    error against the original on the example inputs, None when that was not asked for; where it is too large,
+    ``captured_drift`` is that of the captured program before any rewrite.
     """
 
     entry: Entry
@@ -161,11 +162,26 @@ class Build:
     phases: dict[str, float] = field(default_factory=dict)
     drift: float | None = None
     tolerance: float | None = None
+    captured_drift: float | None = None
 
     @property
     def accepted(self) -> bool:
         """Whether the drift keeps the tolerance (NaN does not)."""
         return self.drift is None or self.tolerance is None or self.drift <= self.tolerance
+
+    @property
+    def why_refused(self) -> str:
+        """What to tell about an output that is too far from the model's own, and what to do."""
+        if self.captured_drift is not None and not self.captured_drift <= (self.tolerance or 0.0):
+            return (
+                f"what torch.export captured is {self.captured_drift:.1e} away from the model's own output "
+                f"(tolerance {self.tolerance:.0e}) before any rewrite: the model computes something else while it is "
+                "captured, or draws random numbers; compile the part of it that does not"
+            )
+        return (
+            f"the compiled output is {self.drift:.1e} away from the model's own (tolerance {self.tolerance:.0e}); "
+            "run `regraft bisect` to find the rewrite"
+        )
 
 
 def build(program: Program, target: str, verify: str, toolchain: Toolchain, reference: Callable[[], Any]) -> Build:
@@ -183,7 +199,10 @@ def build(program: Program, target: str, verify: str, toolchain: Toolchain, refe
     result = Build(Entry(program, executable), before, session.log, phases)
     if verify != "off":
         started = time.perf_counter()
-        result.drift, result.tolerance = _compare(program, executable, reference())
+        expected = reference()
+        result.drift, result.tolerance = _compare(program, executable, expected)
+        if not result.accepted:
+            result.captured_drift, _ = _compare(before, before.callable(), expected)
         phases["verification"] = time.perf_counter() - started
     return result
 

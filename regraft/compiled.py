@@ -261,11 +261,7 @@ class CompiledModule(StandIn):
             return self._refuse(key, f"compilation failed ({first_line(error)}); please report it")
         self._take_report(made, seconds)
         if not made.accepted:
-            return self._refuse(
-                key,
-                f"the compiled output is {made.drift:.1e} away from the model's own (tolerance {made.tolerance:.0e}); "
-                "run `regraft bisect` to find the rewrite",
-            )
+            return self._refuse(key, made.why_refused)
         self.install(made.entry)
         self._remember(key, made.entry)
         self._captured |= captured

@@ -151,10 +151,10 @@ def native(emit: Emitter, given: Operands) -> fx.Node:
     """Our own kernel, the whole epilogue inside."""
     packed = emit.bind(native_linear.pack(NATIVE.library(), given.weight), given.hint)
     epilogue = (given.bias, given.activation, given.multiplier, given.residual)
-    return emit.call(run_native, given.x, packed, given.weight.shape[0], *epilogue)
+    return emit.call(linear_native, given.x, packed, given.weight.shape[0], *epilogue)
 
 
-def run_native(*given: Any) -> Tensor:
+def linear_native(*given: Any) -> Tensor:
     """``native.linear.linear`` on this process's library."""
     return native_linear.linear(NATIVE.library(), *given)
 

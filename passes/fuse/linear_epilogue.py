@@ -102,6 +102,7 @@ class LinearResidual(Rule):
     def check(self, match: Match) -> Iterator[Requirement]:
         given = _arguments_of(match.product)
         yield need(match.sole_user("product"), "the product is used without the residual", at=match.product)
+        yield need(match.residual is not match.product, "the product is added to itself", at=match.product)
         yield need(given.get("residual") is None, "the linear layer has a residual already", at=match.product)
         same = sizes_equal(shape(match.residual), shape(match.product))
         yield need(same, "what is added does not have the product's shape", at=match.residual)

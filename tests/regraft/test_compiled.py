@@ -239,6 +239,17 @@ def test_a_wrong_lowering_is_caught_and_the_original_runs() -> None:
     assert len(unchecked.entries) == 1
 
 
+def test_a_model_that_is_another_while_it_is_captured_is_told_apart_from_a_wrong_rewrite() -> None:
+    class Chameleon(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (1.0 if torch.compiler.is_compiling() else 2.0)
+
+    fast = regraft.compile(Chameleon().eval(), torch.zeros(3))
+    assert torch.equal(fast(torch.zeros(3)), torch.full((3,), 2.0))
+    (event,) = fast.report.events
+    assert "before any rewrite" in event.reason
+
+
 def test_a_pass_that_raises_does_not_take_the_model_away() -> None:
     def broken(program: Program, session: Session) -> Any:
         raise RuntimeError("boom")

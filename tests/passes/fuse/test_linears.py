@@ -93,6 +93,15 @@ def test_activation_and_residual_join_one_after_the_other() -> None:
     assert ";" not in form(program) and session.applied == 2
 
 
+def test_a_layer_is_no_residual_of_its_own() -> None:
+    def doubled(model: Any, x: Tensor) -> Tensor:
+        product: Tensor = model.d(x)
+        return product + product
+
+    _, session = rewritten(doubled, LinearResidual())
+    assert session.applied == 0 and not session.log.of("linear-residual").rolled_back
+
+
 def test_second_residual_stays_a_sum() -> None:
     program, session = rewritten(lambda m, x: m.d(x) + x + x.sin(), LinearResidual())
     assert session.applied == 1 and form(program).count("add") == 1
