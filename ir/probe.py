@@ -7,6 +7,7 @@ program's inputs, because rewrites prove facts about it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,10 +65,18 @@ class Probe:
         self._frontier = {node: place for place, node in enumerate(cut) if not _views_another(node, kept)}
 
     def evaluate(self, nodes: Iterable[fx.Node]) -> list[Any]:
-        """Values of ``nodes``; raises ``ProbeError`` when their cone is too large or an operator fails."""
+        """Values of ``nodes``; raises ``ProbeError`` when their cone is too large or an operator fails. What lies
+        between is let go as soon as nothing reads it any more."""
         wanted = list(nodes)
-        for node in self._order(wanted):
+        order = self._order(wanted)
+        kept = set(wanted)
+        readers = Counter(source for node in order if not self._is_leaf(node) for source in node.all_input_nodes)
+        for node in order:
             self.values[node] = self._compute(node)
+            for source in () if self._is_leaf(node) else node.all_input_nodes:
+                readers[source] -= 1
+                if not readers[source] and source not in kept:
+                    self.values.pop(source, None)
         return [self.values[node] for node in wanted]
 
     def _order(self, wanted: list[fx.Node]) -> list[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from regraft.ir.exactness import REASSOCIATION_TOLERANCE, Exactness
-from regraft.ir.nodes import is_tensor, sizes_equal
+from regraft.ir.memory import give_back
+from regraft.ir.nodes import concrete, is_tensor, shape, sizes_equal
 from regraft.ir.probe import Pool, Probe, ProbeError, is_size, vary_inputs
 from regraft.ir.program import Program
 
+_WORTH_GIVING_BACK = 1 << 22  # elements of a checked value
 _CLOSE_ENOUGH_TO_ORIGINAL = 2.0  # a rewrite may be this much further from fp64 than what it replaces
 
 
@@ -43,16 +46,22 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
         return 0.0
     if not (value.is_floating_point() and reference.is_floating_point()):
         return 0.0 if torch.equal(value.to(torch.float64), reference.to(torch.float64)) else float("inf")
-    left, right = value.detach().double(), reference.detach().double()
-    odd = ~(torch.isfinite(left) & torch.isfinite(right))
-    if bool(odd.any()):
-        agree = torch.isnan(left) & torch.isnan(right) | (left == right)
-        if not bool(agree[odd].all()):
-            return float("inf")
-        left, right = left.masked_fill(odd, 0.0), right.masked_fill(odd, 0.0)
-    scale = float(right.norm())
-    difference = float((left - right).norm())
-    return difference / scale if scale > 0 else difference
+    squares = norm = 0.0
+    flat = value.detach().reshape(-1), reference.detach().reshape(-1)
+    for start in range(0, flat[0].numel(), _AT_ONCE):  # in fp64 all of it would be the largest thing in memory
+        left, right = (part[start : start + _AT_ONCE].double() for part in flat)
+        odd = ~(torch.isfinite(left) & torch.isfinite(right))
+        if bool(odd.any()):
+            agree = torch.isnan(left) & torch.isnan(right) | (left == right)
+            if not bool(agree[odd].all()):
+                return float("inf")
+            left, right = left.masked_fill(odd, 0.0), right.masked_fill(odd, 0.0)
+        squares += float((left - right).square_().sum())
+        norm += float(right.square().sum())
+    return math.sqrt(squares / norm) if norm > 0 else math.sqrt(squares)
+
+
+_AT_ONCE = 1 << 18
 
 
 def check_shapes(old: fx.Node, new: fx.Node) -> str:
@@ -102,6 +111,8 @@ class Verifier:
             if not verdict.accepted:
                 return verdict
             worst = max(verdict, worst, key=lambda v: v.drift or 0.0)
+        if any(math.prod(map(concrete, shape(old))) >= _WORTH_GIVING_BACK for old in pairs):
+            give_back()
         return worst
 
     def _compare(

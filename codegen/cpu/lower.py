@@ -54,7 +54,7 @@ LOWERINGS: dict[Any, Lowering] = {
 def lower(program: Program, tuner: Tuner | None = None) -> Executable:
     """The program as an executable for the CPU. ``tuner`` carries decisions that were measured before."""
     tuner = tuner or Tuner()
-    tuner.reads([tensor for tensor in program.weights.originals.values() if tensor.is_floating_point()])
+    tuner.reads(_linear_weights(program))
     context = Context(torch.nn.Module(), fx.Graph(), program=program)
     for node in program.user_inputs():
         context.values[node] = Lowered(full=context.graph.placeholder(node.name))
@@ -67,6 +67,14 @@ def lower(program: Program, tuner: Tuner | None = None) -> Executable:
     context.graph.output(outputs)
     polish(context.graph)
     return Executable(fx.GraphModule(context.root, context.graph), tuner.to_jsonl())
+
+
+def _linear_weights(program: Program) -> list[torch.Tensor]:
+    """The model's own weights of linear layers, which every call reads; an embedding it reads a few rows of."""
+    products = [node for node in program.graph.nodes if node.target in (aten.linear.default, ops.linear)]
+    names = [program.weight_name(arguments(node)["weight"]) for node in products]
+    originals = program.weights.originals
+    return [originals[name] for name in dict.fromkeys(names) if name in originals]
 
 
 def _lower_node(context: Context, node: fx.Node, tuner: Tuner) -> Lowered:

@@ -22,7 +22,10 @@ from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, a
 
 _SECONDS_PER_SHAPE = 0.2
 _LARGER_THAN_CACHES = 64 << 20  # bytes
-_NEIGHBOUR = 512  # features of the product that is run beside each kernel
+_NEIGHBOUR, _NEIGHBOUR_ROWS = 512, 64  # features and rows of the product that is run beside each kernel
+_UNKNOWN_ROWS = 256  # where their number is symbolic
+_MOST_ROWS = 768  # more rows take longer, and tell nothing else
+_NOT_IN_VAIN = 1.3  # a kernel that takes this much longer than the best at first is not measured again
 _SMALL = 64  # features of the product that brings a kernel's code into the caches
 _WORTH_A_COPY = 0.97  # a packed weight must be this much faster than the plain one to be worth its memory
 
@@ -111,6 +114,7 @@ class Tuner:
     def _measure_linear(self, shape: LinearShape, weight: Tensor) -> tuple[str, dict[str, float]]:
         names = applicable(shape)
         seconds: dict[str, float] = {}
+        shape = replace(shape, rows=min(shape.rows or _UNKNOWN_ROWS, _MOST_ROWS))
         if len(names) > 1:
             given = _activations(shape)
             candidates = {name: _compiled(name, shape, weight, given) for name in names}
@@ -158,7 +162,8 @@ class _Candidate:
 
 def _activations(shape: LinearShape) -> dict[str, Tensor]:
     """Random operands of a layer, by name."""
-    rows = shape.rows or 256
+    rows = shape.rows
+    assert rows is not None
     sizes = {
         "x": (rows, shape.in_features),
         "bias": (shape.out_features,) if shape.has_bias else None,
@@ -188,7 +193,7 @@ def _neighbour(shape: LinearShape) -> Callable[[], Any] | None:
     """A packed product of oneDNN's with a small weight of its own; None where oneDNN has none."""
     if not torch.backends.mkldnn.is_available():
         return None
-    x = torch.randn(shape.rows or 256, _NEIGHBOUR)
+    x = torch.randn(min(shape.rows or _NEIGHBOUR_ROWS, _NEIGHBOUR_ROWS), _NEIGHBOUR)
     packed = pack_onednn(torch.randn(_NEIGHBOUR, _NEIGHBOUR))
     return lambda: torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
 
@@ -207,7 +212,10 @@ def _interleaved(
     deadline = time.perf_counter() + _SECONDS_PER_SHAPE
     rounds = 0
     while rounds < 2 or (rounds < 30 and time.perf_counter() < deadline):
+        least = min(best.values(), default=0.0)
         for name, run in runs.items():
+            if rounds and best[name] > _NOT_IN_VAIN * least:
+                continue
             prepare()
             (rehearsals.get(name) or beside)()
             beside()

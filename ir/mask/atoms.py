@@ -44,6 +44,12 @@ _INTEGERS = (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torc
 _Terms = dict[Expression, int | float]
 
 
+def _has_third_dim(node: Node) -> bool:
+    """Whether a tensor of three dims repeats itself along the first: among the mask's four dims that is no batch."""
+    value = fake(node)
+    return value is not None and value.dim() == 3 and size_expression(value.shape[0]) is not size_expression(1)
+
+
 class Unknown(Exception):
     """No predicate and no tensor of the graph holds this expression."""
 
@@ -81,8 +87,9 @@ class Describer:
 
     def tensor(self, expression: Expression) -> Node:
         """A node which holds the expression and broadcasts to [batch, heads, query length, key length]."""
+        dims = index_dims(expression)
         for node in self.interpreter.witnesses(expression):
-            if self.fits(node):
+            if self.fits(node) and (HEAD in dims or not _has_third_dim(node)):
                 return node
         raise Unknown
 

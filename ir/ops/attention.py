@@ -38,8 +38,52 @@ def reference(
     ``query`` ``[batch, heads, length, head_dim]``, ``key`` ``[batch, kv_heads, keys, head_dim]``, ``value``
     ``[batch, kv_heads, keys, value_dim]`` with ``heads`` a multiple of ``kv_heads``; ``bias`` broadcasts to
     ``[batch, heads, length, keys]``; ``slopes`` (ALiBi) and ``sinks`` (a logit that takes weight and gives nothing)
-    are ``[heads]``. Computed in fp32 or wider; the result has ``query``'s element type.
+    are ``[heads]``. Computed in fp32 or wider; the result has ``query``'s element type. A few batches at a time, so
+    that not all scores are in memory at once.
     """
+    batch, heads, length = query.shape[:3]
+    keys = key.shape[2]
+    allowed = None
+    if mask != "all":
+        allowed = to_dense(parse(mask), mask_tensors, batch, heads, length, keys, query.device)
+    step = max(1, _SCORES_AT_ONCE // max(1, heads * length * keys))
+    parts = [
+        _attend(
+            query[start : start + step],
+            key[start : start + step],
+            value[start : start + step],
+            _batches(allowed, start, step),
+            _batches(bias, start, step),
+            slopes, sinks, scale, mask_fill, empty_rows, softcap,
+        )
+        for start in range(0, batch, step)
+    ]  # fmt: skip
+    if not parts:
+        return query.new_empty((*query.shape[:3], value.shape[3]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+_SCORES_AT_ONCE = 1 << 21
+
+
+def _batches(tensor: Tensor | None, start: int, step: int) -> Tensor | None:
+    """Some batches of what broadcasts to ``[batch, heads, length, keys]``."""
+    return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[0] == 1 else tensor[start : start + step]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    mask_fill: float | None,
+    empty_rows: str,
+    softcap: float,
+) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     keys, values = (t.repeat_interleave(groups, dim=1).to(wide) for t in (key, value))
@@ -52,9 +96,7 @@ def reference(
     if slopes is not None:
         distance = torch.arange(key_length, device=query.device) - torch.arange(length, device=query.device)[:, None]
         scores = scores + slopes.to(wide)[:, None, None] * distance
-    if mask != "all":
-        batch, heads = query.shape[:2]
-        allowed = to_dense(parse(mask), mask_tensors, batch, heads, length, key_length, query.device)
+    if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf if mask_fill is None else mask_fill)
     if sinks is not None:
         column = sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)

@@ -309,6 +309,18 @@ builders = st.recursive(
 )
 
 
+def test_a_tensor_that_repeats_itself_over_batches_is_no_tensor_of_heads() -> None:
+    """What is chosen by a tensor of batches, and is the same either way, lies in memory once a batch."""
+
+    def full(i: Tensor) -> Tensor:
+        seen = torch.logical_xor(q(i) + k(i) < 3, torch.where(i[:, :, None] > 0, q(i) * k(i) > 7, q(i) * k(i) > 7))
+        return seen.expand(2, i.shape[1], i.shape[1])[:, None]
+
+    for dynamic in (False, True):
+        _, got, want = recognize(full, (IDS,), dynamic)
+        assert torch.equal(got, want)
+
+
 @given(builders, st.booleans(), st.integers(0, 10**6))
 @settings(max_examples=120, deadline=None)
 def test_random_masks(build: Callable[[Tensor], Tensor], dynamic: bool, seed: int) -> None:
