@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from regraft.ir.exactness import REASSOCIATION_TOLERANCE, Exactness
 from regraft.ir.memory import give_back
-from regraft.ir.nodes import concrete, is_tensor, shape, sizes_equal
+from regraft.ir.nodes import is_tensor, shape, sizes_equal
 from regraft.ir.probe import Pool, Probe, ProbeError, is_size, vary_inputs
 from regraft.ir.program import Program
 
@@ -111,7 +111,7 @@ class Verifier:
             if not verdict.accepted:
                 return verdict
             worst = max(verdict, worst, key=lambda v: v.drift or 0.0)
-        if any(math.prod(map(concrete, shape(old))) >= _WORTH_GIVING_BACK for old in pairs):
+        if any(math.prod(n for n in shape(old) if isinstance(n, int)) >= _WORTH_GIVING_BACK for old in pairs):
             give_back()
         return worst
 
