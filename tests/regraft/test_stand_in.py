@@ -39,7 +39,8 @@ def test_a_copy_has_a_model_of_its_own() -> None:
     expected = fast(X)
     with torch.no_grad():
         fast.weight.zero_()
-    assert torch.equal(twin(X), expected) and not torch.equal(fast(X), expected)
+    torch.testing.assert_close(twin(X), expected)  # bits may differ: the copy may have chosen another kernel
+    assert not torch.allclose(fast(X), expected)
 
 
 def test_a_copy_of_a_loaded_model_has_buffers_of_its_own(tmp_path: Path) -> None:
