@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from regraft.codegen.cpu.attention_sdpa import (
     absorbs,
@@ -52,6 +53,15 @@ class AttentionShape:
     def kernels(self) -> tuple[str, ...]:
         """Kernels that can run such a site here."""
         return ("sdpa", "native") if self.dtype == torch.float32 and not NATIVE.missing() else ("sdpa",)
+
+
+def measurable(given: dict[str, Any]) -> bool:
+    """Whether a site can be tried out: its sizes do not depend on data, and its scores are not too many."""
+    tensors = [given[name].meta["val"] for name in ("query", "key", "value")]
+    if any(free_unbacked_symbols(tensor) for tensor in tensors):
+        return False
+    form = shape_of(given)
+    return form.batch * form.heads * form.length * form.keys <= _LARGEST_SAMPLE
 
 
 def shape_of(given: dict[str, Any]) -> AttentionShape:
@@ -212,8 +222,6 @@ def _parsed(text: str) -> Predicate:
 def sample_runs(given: dict[str, Any], form: AttentionShape) -> dict[str, Callable[[], Any]]:
     """Both kernels on random operands that lie in memory as a projection leaves them, and a mask of the site's kind:
     whatever depends on tensors lets everything through."""
-    if form.batch * form.heads * form.length * form.keys > _LARGEST_SAMPLE:
-        return {"native": lambda: None}
     query = torch.randn(form.batch, form.length, form.heads, form.head_dim).transpose(1, 2)
     key = torch.randn(form.batch, form.keys, form.kv_heads, form.head_dim).transpose(1, 2)
     value = torch.randn(form.batch, form.keys, form.kv_heads, form.value_dim).transpose(1, 2)

@@ -14,6 +14,7 @@ import regraft
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape
 from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.tuning import Tuner
+from regraft.ir import ops
 from regraft.ir.driver import Session
 from regraft.ir.verify import relative_l2
 from regraft.passes.pipeline import default_pipeline
@@ -168,3 +169,18 @@ def test_tied_weights_are_bound_once() -> None:
     held = [value for value in vars(run.module).values() if isinstance(value, Tensor)]
     held += [*run.module._buffers.values(), *run.module._parameters.values()]
     assert len({value.data_ptr() for value in held}) == 1
+
+
+def test_attention_over_a_length_that_depends_on_data_is_not_measured() -> None:
+    query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 6, 8)
+    chosen = torch.tensor([True, False, True, True, False])
+
+    def site(query: Tensor, key: Tensor, chosen: Tensor) -> Tensor:
+        out: Tensor = ops.attention(query[:, :, chosen], key, key, [], scale=0.5, mask="all")
+        return out
+
+    run = lower(captured(site, (query, key, chosen)))
+    assert not run.tuning
+    for rows in (chosen, ~chosen):
+        expected = (query[:, :, rows] @ key.mT * 0.5).softmax(-1) @ key
+        torch.testing.assert_close(run(query, key, rows)[0], expected)
