@@ -195,3 +195,22 @@ def tensors_of(predicate: Predicate) -> frozenset[int]:
         case And(operands) | Or(operands):
             return frozenset().union(*map(tensors_of, operands))
     return frozenset()
+
+
+def renumber(predicate: Predicate, places: dict[int, int]) -> Predicate:
+    """The predicate with its tensors at new places."""
+    match predicate:
+        case Not(operand):
+            return Not(renumber(operand, places))
+        case And(operands):
+            return And(tuple(renumber(operand, places) for operand in operands))
+        case Or(operands):
+            return Or(tuple(renumber(operand, places) for operand in operands))
+    if not tensors_of(predicate):
+        return predicate
+    match predicate:
+        case Same(query_tensor, key_tensor):
+            return Same(places[query_tensor], places[key_tensor])
+        case Lengths(number) | Keys(number) | Rows(number) | Dense(number):
+            return type(predicate)(places[number])
+    raise TypeError(f"not an atom: {predicate!r}")

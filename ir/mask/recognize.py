@@ -39,15 +39,9 @@ from regraft.ir.mask.length import ZERO_LENGTH, Length
 from regraft.ir.mask.logic import and_, boolean, not_
 from regraft.ir.mask.predicate import (
     EVERYTHING,
-    And,
-    Dense,
-    Keys,
-    Lengths,
     Not,
-    Or,
     Predicate,
-    Rows,
-    Same,
+    renumber,
     tensors_of,
 )
 from regraft.ir.mask.simplify import simplify
@@ -193,27 +187,8 @@ def _finish(
     plain = simplify(predicate, rows, columns)
     used = sorted(tensors_of(plain))
     tensors = tuple(describer.tensors[place] for place in used)
-    plain = _renumber(plain, {old: new for new, old in enumerate(used)})
+    plain = renumber(plain, {old: new for new, old in enumerate(used)})
     return MaskForm(plain, tensors, fill, bias, dtype, combine)
-
-
-def _renumber(predicate: Predicate, places: dict[int, int]) -> Predicate:
-    """The predicate with its tensors at new places."""
-    match predicate:
-        case Not(operand):
-            return Not(_renumber(operand, places))
-        case And(operands):
-            return And(tuple(_renumber(operand, places) for operand in operands))
-        case Or(operands):
-            return Or(tuple(_renumber(operand, places) for operand in operands))
-    if not tensors_of(predicate):
-        return predicate
-    match predicate:
-        case Same(query_tensor, key_tensor):
-            return Same(places[query_tensor], places[key_tensor])
-        case Lengths(number) | Keys(number) | Rows(number) | Dense(number):
-            return type(predicate)(places[number])
-    raise TypeError(f"not an atom: {predicate!r}")
 
 
 def _tensor_form(node: Node, dtype: torch.dtype) -> MaskForm:

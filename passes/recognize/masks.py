@@ -35,7 +35,7 @@ from regraft.ir.mask import (
     recognize_mask,
     simplify,
 )
-from regraft.ir.mask.predicate import And, Dense, Not, Or, tensors_of
+from regraft.ir.mask.predicate import And, Dense, Not, renumber, tensors_of
 from regraft.ir.nodes import rank
 from regraft.ir.program import Program
 from regraft.passes.recognize.hiding import may_hide
@@ -197,16 +197,7 @@ def _written_out(scores: Scores) -> Masks:
 
 def _shifted(predicate: Predicate, by: int) -> Predicate:
     """The predicate with its tensors numbered from ``by``."""
-    match predicate:
-        case Not(operand):
-            return Not(_shifted(operand, by))
-        case And(operands):
-            return And(tuple(_shifted(operand, by) for operand in operands))
-        case Or(operands):
-            return Or(tuple(_shifted(operand, by) for operand in operands))
-    if not tensors_of(predicate):
-        return predicate
-    return type(predicate)(*(getattr(predicate, item.name) + by for item in fields(predicate)))  # type: ignore[arg-type]
+    return renumber(predicate, {number: number + by for number in tensors_of(predicate)})
 
 
 def _expressible(form: MaskForm) -> bool:
