@@ -6,7 +6,6 @@ of numbers a batch where they are padding, and a tensor of the size of the score
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +15,17 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from regraft.codegen.cpu.attention_sdpa import (
+from regraft.codegen.cpu.attention_masks import (
     absorbs,
     additive_mask,
-    attend_sdpa,
+    conjunction,
     gets_no_weight,
     is_flag,
     mask_key,
+    parsed,
     without_keys,
 )
+from regraft.codegen.cpu.attention_sdpa import attend_sdpa
 from regraft.codegen.cpu.context import Context
 from regraft.codegen.cpu.native.attention import attend
 from regraft.codegen.cpu.native.kernels import NATIVE
@@ -135,19 +136,13 @@ def _take_apart(given: dict[str, Any]) -> _Parts:
             rest.append(part)
     if rest or given["bias"] is not None:  # there is a tensor anyway: one is enough
         rest, keys = rest + keys, []
-    return _Parts(_all_of(seen), _all_of(keys), _all_of(rest))
+    return _Parts(conjunction(seen), conjunction(keys), conjunction(rest))
 
 
 def _is_interval(part: Predicate) -> bool:
     """Whether ``intervals`` can take a conjunct: found out on small stand-ins for its tensors."""
     stand_ins = [torch.zeros(1, dtype=torch.int64)] * (max(tensors_of(part), default=-1) + 1)
     return intervals(part, 1, 1, stand_ins) is not None
-
-
-def _all_of(parts: list[Predicate]) -> Predicate:
-    if len(parts) > 1:
-        return And(tuple(parts))
-    return parts[0] if parts else Everything()
 
 
 def _mask_node(context: Context, given: dict[str, Any], parts: _Parts, operands: list[fx.Node]) -> fx.Node | None:
@@ -181,7 +176,7 @@ def score_mask(
 
 def padding_mask(text: str, tensors: list[Tensor], query: Tensor, key: Tensor) -> Tensor | None:
     """``[batch, 1, 1, keys]``: minus infinity at padded keys; None in a batch without any."""
-    seen = to_dense(_parsed(text), tensors, query.shape[0], 1, 1, key.shape[2])
+    seen = to_dense(parsed(text), tensors, query.shape[0], 1, 1, key.shape[2])
     return None if bool(seen.all()) else torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
 
 
@@ -209,14 +204,9 @@ def intervals_of(text: str, tensors: list[Tensor], query: Tensor, key: Tensor) -
 
 def interval_table(text: str, tensors: list[Tensor], length: int, keys: int) -> Tensor:
     """Where the keys that each row sees start and end: ``[2, batch or 1, length]``, int64."""
-    found = intervals(_parsed(text), length, keys, tensors)
+    found = intervals(parsed(text), length, keys, tensors)
     assert found is not None
     return torch.stack(torch.broadcast_tensors(*found)).contiguous()
-
-
-@functools.lru_cache(maxsize=256)
-def _parsed(text: str) -> Predicate:
-    return parse(text)
 
 
 def sample_runs(given: dict[str, Any], form: AttentionShape) -> dict[str, Callable[[], Any]]:

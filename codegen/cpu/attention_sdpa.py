@@ -7,7 +7,6 @@ for all layers that share it. Sinks are applied afterwards, from the log-sum-exp
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from typing import Any
@@ -15,59 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from regraft.codegen.cpu.attention_masks import absorbs, additive_mask, gets_no_weight, is_flag, mask_key, without_keys
 from regraft.codegen.cpu.context import Context
 from regraft.ir.mask import (
-    CAUSAL,
-    And,
-    Everything,
-    Keys,
     Predicate,
     every_row_nonempty,
     parse,
     proof_lengths,
-    to_dense,
 )
-from regraft.ir.mask.predicate import tensors_of
 from regraft.ir.nodes import dtype, shape, size_equal
 from regraft.ir.ops.attention import reference
 
 aten = torch.ops.aten
-
-#: A score that is added to a number this low is lost, in fp32 too: adding it is writing it.
-_ABSORBS = -1e30
-#: Beside any score that is not masked, a number this low gets no weight; a row of nothing else is uniform.
-_GETS_NO_WEIGHT = -1e4
-
-
-@functools.lru_cache(maxsize=256)
-def _parsed(text: str) -> Predicate:
-    return parse(text)
-
-
-def additive_mask(
-    text: str,
-    tensors: list[Tensor],
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    query: Tensor,
-    key_length: int,
-    fill: float,
-) -> Tensor:
-    """What is added to the scores of ``query`` ``[batch, heads, length, head_dim]``: the bias where the predicate
-    holds and ``fill`` elsewhere, ``[batch or 1, heads or 1, length, keys]``, in ``query``'s element type."""
-    length = query.shape[-2]
-    added = torch.zeros((1, 1, length, key_length), dtype=query.dtype, device=query.device)
-    if bias is not None:
-        added = added + bias
-    if slopes is not None:
-        places = torch.arange(key_length, device=query.device) - torch.arange(length, device=query.device)[:, None]
-        added = added + slopes.reshape(-1, 1, 1) * places
-    predicate = _parsed(text)
-    if not isinstance(predicate, Everything):
-        allowed = to_dense(predicate, tensors, query.shape[0], query.shape[1], length, key_length, query.device)
-        added = added.masked_fill(~allowed, fill)
-    added = added.to(query.dtype)
-    return added.contiguous() if added.stride(-1) != 1 else added
 
 
 def empty_rows(mask: Tensor | None) -> Tensor | None:
@@ -147,13 +105,6 @@ def _flag(given: dict[str, Any], predicate: Predicate) -> str | None:
     return is_flag(predicate, shape(given["query"])[-2], shape(given["key"])[-2])
 
 
-def is_flag(predicate: Predicate, length: Any, keys: Any) -> str | None:
-    """ "none" or "causal" when PyTorch's kernel has the predicate as a flag, else None."""
-    if isinstance(predicate, Everything):
-        return "none"
-    return "causal" if predicate == CAUSAL and size_equal(length, keys) else None
-
-
 def _mask_nodes(context: Context, given: dict[str, Any], query: fx.Node) -> tuple[fx.Node, fx.Node | bool]:
     """The mask of a site, and its causal flag.
 
@@ -177,17 +128,6 @@ def any_padding(keys: list[Tensor]) -> bool:
     return not all(bool(mask.all()) for mask in keys)
 
 
-def without_keys(predicate: Predicate) -> Predicate | None:
-    """A conjunction without its padding; None when it has none, or reads other tensors too."""
-    parts = predicate.operands if isinstance(predicate, And) else (predicate,)
-    kept = tuple(part for part in parts if not isinstance(part, Keys))
-    if len(kept) == len(parts) or any(tensors_of(part) for part in kept):
-        return None
-    if len(kept) > 1:
-        return And(kept)
-    return kept[0] if kept else Everything()
-
-
 def _mask_node(context: Context, given: dict[str, Any], query: fx.Node, padded: fx.Node | bool = True) -> fx.Node:
     """The additive mask of a site; sites with equal masks, inputs and lengths share it."""
     tensors = tuple(given["mask_tensors"])
@@ -207,28 +147,11 @@ def _mask_node(context: Context, given: dict[str, Any], query: fx.Node, padded: 
     return node
 
 
-def mask_key(given: dict[str, Any]) -> tuple[Any, ...]:
-    """Equal for sites whose masks are the same tensor: same meaning, same inputs, same lengths."""
-    sizes = tuple(str(size) for size in (*shape(given["query"])[:3], shape(given["key"])[-2]))
-    read = (tuple(given["mask_tensors"]), given["bias"], given["slopes"])
-    return (given["mask"], given["mask_fill"], *read, sizes, dtype(given["query"]))
-
-
 def mask_if(
     padded: bool, text: str, tensors: list[Tensor], query: Tensor, key_length: int, fill: float
 ) -> Tensor | None:
     """The additive mask, or None when no key is padded."""
     return additive_mask(text, tensors, None, None, query, key_length, fill) if padded else None
-
-
-def gets_no_weight(fill: float) -> bool:
-    """Whether a key whose score is ``fill`` gets no weight beside one that is not masked."""
-    return fill <= _GETS_NO_WEIGHT
-
-
-def absorbs(fill: float | None) -> bool:
-    """Whether adding ``fill`` to any score gives ``fill``, so that an additive mask says all of it."""
-    return fill is not None and fill <= _ABSORBS
 
 
 def _settle_empty_rows(
