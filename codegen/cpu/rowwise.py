@@ -77,18 +77,10 @@ def norm_native(
 
 
 def add_norm_native(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str,
-    offset: float,
-    cast: str,
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, centred: bool
 ) -> tuple[Tensor, Tensor]:
     """The sum and its norm in fp32: each row is read once."""
-    centred = kind == "layer_norm"
-    normed, total = native.norm(NATIVE.library(), x, residual, weight, bias, eps, 0.0 if centred else offset, centred)
+    normed, total = native.norm(NATIVE.library(), x, residual, weight, bias, eps, offset, centred)
     assert total is not None
     return normed, total
 
@@ -179,10 +171,13 @@ def lower_add_norm(context: Context, node: fx.Node) -> Lowered:
     given = arguments(node)
     operands = [context.value(given[name]) for name in ("x", "residual")]
     optional = [None if given[name] is None else context.value(given[name]) for name in ("weight", "bias")]
-    options = [given[name] for name in ("eps", "kind", "offset", "cast")]
     tensors = [given[name] for name in ("x", "residual", "weight", "bias")]
-    fast = sizes_equal(shape(given["x"]), shape(given["residual"])) and _native_can(*tensors)
-    return Lowered(full=context.call(add_norm_native if fast else add_norm, *operands, *optional, *options))
+    if sizes_equal(shape(given["x"]), shape(given["residual"])) and _native_can(*tensors):
+        centred = given["kind"] == "layer_norm"
+        options = (given["eps"], 0.0 if centred else given["offset"], centred)
+        return Lowered(full=context.call(add_norm_native, *operands, *optional, *options))
+    options = tuple(given[name] for name in ("eps", "kind", "offset", "cast"))
+    return Lowered(full=context.call(add_norm, *operands, *optional, *options))
 
 
 def add_norm(

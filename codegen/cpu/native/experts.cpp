@@ -18,8 +18,6 @@ struct Experts {
     int64_t tokens, top_k, experts, in, inner, hidden_stride;
 };
 
-extern "C" int64_t regraft_panel() { return PANEL; }
-
 // Floats of workspace: rows of inputs, of inner values and of outputs, a pair of token and expert each.
 extern "C" int64_t regraft_experts_workspace(int64_t pairs, int64_t in, int64_t inner) {
     return pairs * (in + round_up(inner, PANEL) + round_up(in, PANEL));

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regraft.codegen.cpu.native.panels import panels
+
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _POINTERS = ("hidden", "weight", "index", "gate", "up", "down", "gate_bias", "up_bias", "down_bias", "out", "workspace")
 _NUMBERS = ("tokens", "top_k", "experts", "in", "inner", "hidden_stride")
@@ -39,8 +41,7 @@ class PackedExperts:
 
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the functions return."""
-    for name in ("regraft_panel", "regraft_experts_workspace"):
-        getattr(library, name).restype = _LONG
+    library.regraft_experts_workspace.restype = _LONG
     library.regraft_experts_workspace.argtypes = [_LONG] * 3
     library.regraft_experts.restype = None
 
@@ -58,18 +59,6 @@ def pack(
     biases = [None if bias is None else bias.detach().float().contiguous() for bias in (gate_bias, up_bias, down_bias)]
     packed = [panels(library, weight) for weight in (gate, up, down)]
     return PackedExperts(packed[0], packed[1], packed[2], biases[0], biases[1], biases[2], gate.shape[2])
-
-
-def panels(library: ctypes.CDLL, weight: Tensor) -> Tensor:
-    """``weight`` ``[experts, in, out]`` as ``[experts, panels, in, panel]``."""
-    width = int(library.regraft_panel())
-    experts, rows, columns = weight.shape
-    count = -(-columns // width)
-    packed = weight.new_zeros((experts, count, rows, width))
-    for number in range(count):
-        part = weight[:, :, number * width : (number + 1) * width]
-        packed[:, number, :, : part.shape[2]] = part
-    return packed
 
 
 def run(library: ctypes.CDLL, packed: PackedExperts, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:

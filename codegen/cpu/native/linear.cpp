@@ -53,6 +53,8 @@ static void finish(const Linear &s, int64_t first_row, int64_t rows, int64_t fir
     }
 }
 
+extern "C" int64_t regraft_panel() { return PANEL; }
+
 extern "C" void regraft_linear(const Linear *given) {
     const Linear &s = *given;
     int64_t panels = ceil_div(s.columns, PANEL), blocks = ceil_div(s.rows, ROW_BLOCK);

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from regraft.codegen.cpu.native.experts import panels
+from regraft.codegen.cpu.native.panels import panels
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _POINTERS = ("x", "weight", "bias", "multiplier", "residual", "out")

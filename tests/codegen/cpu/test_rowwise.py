@@ -103,9 +103,10 @@ def test_a_sum_and_its_norm(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_a_native_sum_and_its_norm(kind: str, weighted: bool, shape: tuple[int, ...]) -> None:
     x, residual, weight = draw(*shape), draw(*shape, seed=1), draw(shape[-1], seed=2) if weighted else None
-    given = add_norm_native(x, residual, weight, None, 1e-5, kind, 1.0, "late")
+    offset = 1.0 if kind == "rms_norm" else 0.0
+    given = add_norm_native(x, residual, weight, None, 1e-5, offset, kind == "layer_norm")
     wide = (x.double(), residual.double(), None if weight is None else weight.double(), None)
-    expected = add_norm(*wide, 1e-5, kind, 1.0, "late")
+    expected = add_norm(*wide, 1e-5, kind, offset, "late")
     assert all(relative_l2(a.double(), b) <= 1e-6 for a, b in zip(given, expected, strict=True))
 
 
