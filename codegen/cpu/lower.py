@@ -1,4 +1,4 @@
-"""Lowering a program to the CPU: every operator becomes calls of kernels that PyTorch ships.
+"""Lowering a program to the CPU: every operator becomes calls of kernels that PyTorch ships, or of our own.
 
 The lowered graph is flat: linear layers, norms and element-wise operators between them work on ``[rows, features]``.
 Weights are read one at a time: a derived weight is computed, packed for its kernel and let go before the next, so that

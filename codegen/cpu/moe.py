@@ -1,6 +1,7 @@
-"""Routed experts on the CPU: ``pack_moe`` once, ``run_moe`` a call, with operators that PyTorch ships.
+"""Routed experts on the CPU: ``pack_moe`` once, ``run_moe`` a call.
 
-Pairs are sorted by expert once, and each expert that has any runs on one contiguous segment of rows. Weights
+In fp32 with a SiLU gate they are the native kernel's (``native/experts.py``); what follows is for the others, with
+operators that PyTorch ships. Pairs are sorted by expert once, and each expert that has any runs on one contiguous segment of rows. Weights
 are held once, as ``[experts, in, out]`` with gate and up in two halves. Measured on one core of an AMD EPYC
 (CPU time, 8 experts, 2 a token): against products with oneDNN's packed weights, ``_grouped_mm``, gathered
 weights, a dense product over all experts and a search for each expert's tokens, this is level or faster from

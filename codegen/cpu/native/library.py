@@ -75,15 +75,15 @@ class NativeLibrary:
         return self._future
 
     def _load(self) -> ctypes.CDLL:
+        if os.environ.get("REGRAFT_NATIVE") == "0":
+            raise Unavailable("the environment has REGRAFT_NATIVE=0")
         try:
             return self._load_or_build()
         except Unavailable as reason:
-            _LOG.info("no native kernels: %s", reason)
+            _LOG.warning("PyTorch's slower kernels run, because there are no native ones: %s", reason)
             raise
 
     def _load_or_build(self) -> ctypes.CDLL:
-        if os.environ.get("REGRAFT_NATIVE") == "0":
-            raise Unavailable("the environment has REGRAFT_NATIVE=0")
         runtime = _openmp_runtime()
         reasons = []
         for compiler in _compilers():

@@ -67,10 +67,13 @@ def test_what_computes_wrong_numbers_is_not_used(cache: Path) -> None:
     assert "built is wrong: off by one" in NativeLibrary(lambda library: "off by one").missing()
 
 
-def test_no_compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_told(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert "no C++ compiler was found" in NativeLibrary(accept).missing()
+    assert "no C++ compiler was found" in caplog.text
 
 
 def test_a_compiler_that_fails_says_why(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +88,10 @@ def test_a_compiler_that_writes_nonsense(cache: Path, tmp_path: Path, monkeypatc
     assert "cannot be loaded" in NativeLibrary(accept).missing()
 
 
-def test_it_can_be_switched_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_can_be_switched_off(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("REGRAFT_NATIVE", "0")
     library = NativeLibrary(accept)
     assert library.missing() == "the environment has REGRAFT_NATIVE=0"
     with pytest.raises(RuntimeError, match="REGRAFT_NATIVE"):
         library.library()
-    assert not os.path.lexists(cache)
+    assert not os.path.lexists(cache) and not caplog.text
