@@ -1,10 +1,10 @@
 """Routed experts on the CPU: ``pack_moe`` once, ``run_moe`` a call.
 
 In fp32 with a SiLU gate they are the native kernel's (``native/experts.py``); what follows is for the others, with
-operators that PyTorch ships. Pairs are sorted by expert once, and each expert that has any runs on one contiguous segment of rows. Weights
-are held once, as ``[experts, in, out]`` with gate and up in two halves. Measured on one core of an AMD EPYC
-(CPU time, 8 experts, 2 a token): against products with oneDNN's packed weights, ``_grouped_mm``, gathered
-weights, a dense product over all experts and a search for each expert's tokens, this is level or faster from
+operators that PyTorch ships. Pairs are sorted by expert once, and each expert that has any runs on one contiguous
+segment of rows. Weights are held once, as ``[experts, in, out]`` with gate and up in two halves. Measured on one core
+of an AMD EPYC (CPU time, 8 experts, 2 a token): against products with oneDNN's packed weights, ``_grouped_mm``,
+gathered weights, a dense product over all experts and a search for each expert's tokens, this is level or faster from
 1 to 2048 tokens. From ``_ROWS_APART`` rows on, gate and up are two products, whose results are activated and
 multiplied in place; below, one product costs less than two calls.
 """
