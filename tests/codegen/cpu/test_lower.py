@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import regraft
-from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape
+from regraft.codegen.cpu.linear_kernels import LinearShape
 from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.tuning import Tuner
 from regraft.ir import ops
 from regraft.ir.driver import Session
 from regraft.ir.verify import relative_l2
 from regraft.passes.pipeline import default_pipeline
+from tests.codegen.cpu.support import LINEAR_KERNELS
 from tests.support import captured
 
 
@@ -57,7 +58,7 @@ def lowered(model: nn.Module, args: tuple[Any, ...], tuner: Tuner | None = None,
     return lower(program, tuner)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", LINEAR_KERNELS)
 def test_any_kernel_agrees_and_writes_to_nothing_of_the_users(kernel: str) -> None:
     model, x = Block().eval(), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
     run = lowered(model, (x,), Always(kernel))
@@ -103,7 +104,7 @@ class Computed(nn.Module):
         return torch.exp(row).expand(4, 16) + nn.functional.linear(y, self.weight)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", LINEAR_KERNELS)
 def test_what_is_computed_and_broadcast_is_not_written_over(kernel: str) -> None:
     model, args = Computed().eval(), (torch.randn(4, 16), torch.randn(16), torch.randn(1, 16))
     with torch.no_grad():

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.rowwise import (
     add_norm,
     add_norm_native,
@@ -21,8 +20,7 @@ from regraft.codegen.cpu.rowwise import (
 )
 from regraft.ir.ops.activation import ACTIVATIONS, activate
 from regraft.ir.verify import relative_l2
-
-needs_native = pytest.mark.skipif(bool(NATIVE.missing()), reason=NATIVE.missing())
+from tests.codegen.cpu.support import needs_native
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from regraft.codegen.cpu.native.attention import attend
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.ir.verify import relative_l2
+from tests.codegen.cpu.support import needs_native
 
-pytestmark = pytest.mark.skipif(bool(NATIVE.missing()), reason=NATIVE.missing())
+pytestmark = needs_native
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.native.library import NativeLibrary
-
-needs_native = pytest.mark.skipif(bool(NATIVE.missing()), reason=NATIVE.missing())
+from tests.codegen.cpu.support import needs_native
 
 
 def accept(library: ctypes.CDLL) -> str:
@@ -23,6 +21,7 @@ def accept(library: ctypes.CDLL) -> str:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("REGRAFT_CACHE_DIR", str(folder))
+    monkeypatch.delenv("REGRAFT_NATIVE", raising=False)
     return folder
 
 
