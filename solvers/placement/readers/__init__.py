@@ -1,0 +1,1 @@
+"""Readers of routing traces, one file a format."""
