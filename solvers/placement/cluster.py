@@ -78,12 +78,12 @@ class Cluster:
     @cached_property
     def same_node(self) -> NDArray[np.bool_]:
         """``[ranks, ranks]``: whether two ranks lie in one node."""
-        return self.node_of_rank[:, None] == self.node_of_rank[None, :]
+        return np.equal.outer(self.node_of_rank, self.node_of_rank)
 
     @cached_property
     def membership(self) -> NDArray[np.float64]:
         """``[ranks, nodes]``: 1 where the rank lies in the node."""
-        return (self.node_of_rank[:, None] == np.arange(self.num_nodes)[None, :]).astype(np.float64)
+        return np.eye(self.num_nodes)[self.node_of_rank]
 
     @cached_property
     def node_bandwidth(self) -> NDArray[np.float64]:

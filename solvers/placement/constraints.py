@@ -92,10 +92,11 @@ def check_memory(
     needed = float(slots_per_rank.sum()) * model.expert_bytes
     budget = constraints.budget(cluster)
     tightest = int(budget.argmin())
-    if needed > budget[tightest]:
+    short = (needed - budget[tightest]) / 1e9
+    if short > 0:
         raise PlacementError(
-            f"memory: {int(slots_per_rank.sum())} expert slots need {needed / 1e9:.3f} GB per rank, rank {tightest} has "
-            f"{budget[tightest] / 1e9:.3f} GB, {(needed - budget[tightest]) / 1e9:.3f} GB too little; "
+            f"memory: {int(slots_per_rank.sum())} expert slots need {needed / 1e9:.3f} GB per rank, "
+            f"rank {tightest} has {budget[tightest] / 1e9:.3f} GB, {short:.3f} GB too little; "
             "use more ranks, fewer redundant slots or narrower weights"
         )
 

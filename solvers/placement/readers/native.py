@@ -131,7 +131,7 @@ def _batch(
     if f"experts.{number}" not in arrays:
         counts = whole_counts(arrays[f"counts.{number}"], f"{name!r}, batch {number}")
         return Batch(counts, None, None, facts["phase"], facts["scenario"])
-    source = arrays[f"source_rank.{number}"] if f"source_rank.{number}" in arrays else None
+    source = arrays.get(f"source_rank.{number}")
     return Batch.of_tokens(
         arrays[f"experts.{number}"], header["num_experts"], source, facts["phase"], facts["scenario"]
     )

@@ -1,0 +1,1 @@
+"""The placements that others use, to compare with and to start from."""
