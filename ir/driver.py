@@ -19,7 +19,7 @@ from regraft.ir.nodes import Builder, user_line
 from regraft.ir.program import Program
 from regraft.ir.records import Application, Log, Refusal
 from regraft.ir.rule import Match, Rule
-from regraft.ir.verify import Verdict, Verifier, check_shapes
+from regraft.ir.verify import Checked, Verdict, Verifier, check_shapes
 
 _APPLICATIONS_PER_NODE = 20
 
@@ -55,6 +55,8 @@ class Session:
     verify: str = "each"
     #: Kernel decisions that were measured before (an artifact's ``tuning.jsonl``); the lowering measures none of these.
     tuning: bytes = b""
+    #: What was checked so far, in all passes.
+    checked: Checked = field(default_factory=Checked)
     applied: int = 0
 
 
@@ -72,7 +74,7 @@ class Driver:
         for rule in self.rules:
             for target in rule.root_targets:
                 self._by_target.setdefault(target, []).append(rule)
-        self._verifier = Verifier(self.program) if self.session.verify == "each" else None
+        self._verifier = Verifier(self.program, self.session.checked) if self.session.verify == "each" else None
         self._missed: dict[tuple[str, fx.Node], Refusal] = {}
         self._erased: set[fx.Node] = set()
 
@@ -183,6 +185,7 @@ class Driver:
                 drift=verdict.drift,
                 drift_fp64=verdict.drift_fp64,
                 original_fp64=verdict.original_fp64,
+                repeated=verdict.repeated,
             )
         )
         return [*inputs, *kept, *users]

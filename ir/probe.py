@@ -68,7 +68,7 @@ class Probe:
         """Values of ``nodes``; raises ``ProbeError`` when their cone is too large or an operator fails. What lies
         between is let go as soon as nothing reads it any more."""
         wanted = list(nodes)
-        order = self._order(wanted)
+        order = self.order(wanted)
         kept = set(wanted)
         readers = Counter(source for node in order if not self._is_leaf(node) for source in node.all_input_nodes)
         for node in order:
@@ -79,7 +79,9 @@ class Probe:
                     self.values.pop(source, None)
         return [self.values[node] for node in wanted]
 
-    def _order(self, wanted: list[fx.Node]) -> list[fx.Node]:
+    def order(self, wanted: Iterable[fx.Node]) -> list[fx.Node]:
+        """The nodes that ``wanted`` are computed from, leaves included, each behind what it reads. Raises
+        ``ProbeError`` when they are too many."""
         needed: set[fx.Node] = set()
         pending = [node for node in wanted if node not in self.values]
         while pending:
@@ -92,6 +94,12 @@ class Probe:
             if not self._is_leaf(node):
                 pending += node.all_input_nodes
         return sorted(needed)
+
+    def leaf(self, node: fx.Node) -> int | str | None:
+        """What a node where evaluation stops holds: the place of its random values, or that it is a size."""
+        if node in self._frontier:
+            return self._frontier[node]
+        return "size" if is_size(node) else None
 
     def _is_leaf(self, node: fx.Node) -> bool:
         return node.op == "placeholder" or node in self._frontier or is_size(node)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Application:
     """One rewrite that was made. ``drift`` is the relative L2 change on probe inputs (None when not measured);
-    ``drift_fp64`` and ``original_fp64`` are the errors of the new and the old nodes against an fp64 run."""
+    ``drift_fp64`` and ``original_fp64`` are the errors of the new and the old nodes against an fp64 run. ``repeated``:
+    they were measured on an earlier application that is the same computation, other parameters aside."""
 
     rule: str
     pass_name: str
@@ -22,6 +23,7 @@ class Application:
     drift: float | None = None
     drift_fp64: float | None = None
     original_fp64: float | None = None
+    repeated: bool = False
 
 
 @dataclass(frozen=True)

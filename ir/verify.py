@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from regraft.ir.memory import give_back
 from regraft.ir.nodes import is_tensor, shape, sizes_equal
 from regraft.ir.probe import Pool, Probe, ProbeError, is_size, vary_inputs
 from regraft.ir.program import Program
+from regraft.ir.repeats import Signature, Unrepeatable
 
 _WORTH_GIVING_BACK = 1 << 22  # elements of a checked value
 _CLOSE_ENOUGH_TO_ORIGINAL = 2.0  # a rewrite may be this much further from fp64 than what it replaces
@@ -23,13 +23,32 @@ _CLOSE_ENOUGH_TO_ORIGINAL = 2.0  # a rewrite may be this much further from fp64 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a rewrite may stand, why not, and the drift that was measured."""
+    """Whether a rewrite may stand, why not, and the drift that was measured. ``repeated``: measured on an earlier
+    rewrite that is the same computation, other parameters aside."""
 
     accepted: bool
     reason: str = ""
     drift: float | None = None
     drift_fp64: float | None = None
     original_fp64: float | None = None
+    repeated: bool = False
+
+
+@dataclass
+class Checked:
+    """Verdicts by what was computed for them. Not ``reused``, every check is computed."""
+
+    reused: bool = True
+    verdicts: dict[Hashable, Verdict] = field(default_factory=dict)
+    repetitions: int = 0
+
+    def known(self, signature: Hashable) -> Verdict | None:
+        """The verdict on the same computation, if there is one that accepts."""
+        found = self.verdicts.get(signature) if self.reused else None
+        if found is None:
+            return None
+        self.repetitions += 1
+        return replace(found, repeated=True)
 
 
 def relative_l2(value: Tensor, reference: Tensor) -> float:
@@ -81,11 +100,13 @@ def check_shapes(old: fx.Node, new: fx.Node) -> str:
 class Verifier:
     """Checks replacements of one program on its example inputs and on a variation of them.
 
-    Cost is that of the rewritten nodes alone. ``against_fp64`` also measures old and new against an fp64 run.
+    Cost is that of the rewritten nodes alone, once for all that are the same computation. ``against_fp64`` also
+    measures old and new against an fp64 run.
     """
 
-    def __init__(self, program: Program, seed: int = 0) -> None:
+    def __init__(self, program: Program, checked: Checked | None = None, seed: int = 0) -> None:
         self.program = program
+        self.checked = checked if checked is not None else Checked()
         self.pool = Pool(seed)
         self.inputs = [program.example]
         varied = vary_inputs(program.example, seed)
@@ -124,7 +145,32 @@ class Verifier:
         against_fp64: bool,
     ) -> Verdict:
         probe = Probe(self.program, frontier, self.pool, inputs)
-        values = probe.evaluate(itertools.chain(pairs, pairs.values()))
+        wanted = [*pairs, *pairs.values()]
+        signature = self._signature(probe, wanted, (inputs is self.program.example, exactness, against_fp64))
+        verdict = self.checked.known(signature)
+        if verdict is None:
+            values = probe.evaluate(wanted)
+            verdict = self._judge(pairs, frontier, inputs, values, exactness, against_fp64)
+            if verdict.accepted:
+                self.checked.verdicts[signature] = verdict
+        return verdict
+
+    def _signature(self, probe: Probe, wanted: list[fx.Node], asked: Hashable) -> Hashable:
+        """What the check computes; a value of its own where that cannot be told."""
+        try:
+            return asked, Signature(self.program, probe.leaf).of(probe.order(wanted), wanted)
+        except Unrepeatable:
+            return object()
+
+    def _judge(
+        self,
+        pairs: dict[fx.Node, fx.Node],
+        frontier: list[fx.Node],
+        inputs: list[Any],
+        values: list[Any],
+        exactness: Exactness,
+        against_fp64: bool,
+    ) -> Verdict:
         old, new = values[: len(pairs)], values[len(pairs) :]
         drift = max((relative_l2(b, a) for a, b in zip(old, new, strict=True)), default=0.0)
         tolerance = 0.0 if exactness is Exactness.BITWISE else _tolerance(old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,9 @@ from regraft.ir.driver import Session
 from regraft.ir.memory import give_back
 from regraft.ir.program import Program
 from regraft.ir.records import Log
-from regraft.ir.verify import relative_l2
+from regraft.ir.verify import Checked, relative_l2
+
+_LOG = logging.getLogger("regraft")
 
 #: Largest relative L2 error of a compiled model's outputs against the original's, by the outputs' element type.
 END_TO_END_TOLERANCE: dict[torch.dtype, float] = {
@@ -154,13 +157,15 @@ class Build:
 
     ``before`` is a copy of the captured program (its graph; tensors are shared). ``drift`` is the relative L2
     error against the original on the example inputs, None when that was not asked for; where it is too large,
-    ``captured_drift`` is that of the captured program before any rewrite.
+    ``captured_drift`` is that of the captured program before any rewrite. ``repetitions`` counts the checks that were
+    not computed because they are the same as earlier ones, other parameters aside.
     """
 
     entry: Entry
     before: Program
     log: Log
     phases: dict[str, float] = field(default_factory=dict)
+    repetitions: int = 0
     drift: float | None = None
     tolerance: float | None = None
     captured_drift: float | None = None
@@ -186,16 +191,32 @@ class Build:
 
 
 def build(program: Program, target: str, verify: str, toolchain: Toolchain, reference: Callable[[], Any]) -> Build:
-    """Rewrite and lower ``program``, in place; ``reference()`` is the original's output on the example inputs.
+    """Rewrite and lower ``program``; ``reference()`` is the original's output on the example inputs. Where checks
+    stood for others and the whole is off, all is done once more with every check computed.
 
     Raises whatever a pass or the lowering raises.
     """
-    session = Session(verify=verify)
     before = program.copy()
+    made = _build(program, before, target, Session(verify=verify), toolchain, reference)
+    if made.repetitions and not made.accepted:
+        _LOG.warning("the compiled output is off, and some checks stood for others: compiling again, computing all")
+        session = Session(verify=verify, checked=Checked(reused=False))
+        made = _build(before.copy(), before, target, session, toolchain, reference)
+    return made
+
+
+def _build(
+    program: Program,
+    before: Program,
+    target: str,
+    session: Session,
+    toolchain: Toolchain,
+    reference: Callable[[], Any],
+) -> Build:
     phases = dict(toolchain.pipeline(target).run(program, session))
     separate_outputs(program, before)
     expected, seconds = None, 0.0
-    if verify != "off":  # before weights are packed: a run of the model needs room of its own
+    if session.verify != "off":  # before weights are packed: a run of the model needs room of its own
         started = time.perf_counter()
         expected = reference()
         seconds = time.perf_counter() - started
@@ -204,8 +225,8 @@ def build(program: Program, target: str, verify: str, toolchain: Toolchain, refe
     executable = toolchain.lower(program, session)
     phases["lowering"] = time.perf_counter() - started
     give_back()
-    result = Build(Entry(program, executable), before, session.log, phases)
-    if verify != "off":
+    result = Build(Entry(program, executable), before, session.log, phases, session.checked.repetitions)
+    if session.verify != "off":
         started = time.perf_counter()
         result.drift, result.tolerance = _compare(program, executable, expected)
         if not result.accepted:

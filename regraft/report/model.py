@@ -48,7 +48,8 @@ class OperatorRow:
 
 @dataclass(frozen=True)
 class PassDrift:
-    """Relative L2 change that the applications of one pass made on probe inputs, where it was measured.
+    """Relative L2 change that the applications of one pass made on probe inputs; ``measured`` on how many of them, those
+    that only repeat the computation of another not counted.
 
     ``aggregated`` is the root of the sum of squares: what independent changes add up to.
     """
@@ -180,10 +181,11 @@ def _passes(applications: list[Application]) -> list[str]:
 def _pass_drift(name: str, applications: list[Application]) -> PassDrift:
     own = [application for application in applications if application.pass_name == name]
     drifts = [application.drift for application in own if application.drift is not None]
+    measured = sum(application.drift is not None and not application.repeated for application in own)
     if not drifts:
         return PassDrift(name, len(own), 0, None, None)
     worst = math.nan if any(math.isnan(drift) for drift in drifts) else max(drifts)
-    return PassDrift(name, len(own), len(drifts), worst, math.sqrt(sum(drift * drift for drift in drifts)))
+    return PassDrift(name, len(own), measured, worst, math.sqrt(sum(drift * drift for drift in drifts)))
 
 
 def _profiled(rows: list[OperatorRow]) -> bool:
