@@ -43,6 +43,10 @@ class Constraints:
         """Bytes of expert weights that each rank may hold."""
         return cluster.memory if self.memory is None else np.minimum(cluster.memory, self.memory)
 
+    def pins(self, layer: int) -> dict[int, int]:
+        """Expert to rank, of one layer."""
+        return {expert: rank for (other, expert), rank in self.pinned.items() if other == layer}
+
 
 def moves(current: Plan, plan: Plan) -> int:
     """Experts that a rank holds in ``plan`` and does not in ``current``, over all layers: what must be sent."""

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from regraft.solvers.placement.auto.items import Ints
 from regraft.solvers.placement.auto.state import State
 
-#: Swaps looked at in one step because they save copies, and because they cool a hot rank.
-_BY_COPIES = 1200
+#: Ranks looked at in one step because they hold the layer up, swaps made in one step, and swaps of a kick.
 _HOT_RANKS = 2
+_SWAPS = 6
 _KICK = 3
 
 Allowed = Callable[[State, Ints, Ints], NDArray[np.bool_]]
@@ -42,7 +42,7 @@ class Clock:
 
 
 def descend(state: State, steps: int, clock: Clock, allowed: Allowed | None = None) -> int:
-    """Make the best swap while there is one that helps, at most ``steps`` times; returns how many were made."""
+    """Make the best few swaps while there is one that helps, at most ``steps`` times; returns how often."""
     for made in range(steps):
         if clock.out or not _step(state, allowed):
             return made
@@ -74,38 +74,46 @@ def _step(state: State, allowed: Allowed | None) -> bool:
     if not len(first):
         return False
     scores = state.scores(first, second)
-    best = int(scores.argmin())
-    if scores[best] >= state.score - 1e-9 * abs(state.score):
-        return False
-    state.swap(int(first[best]), int(second[best]))
-    return True
+    enough = state.score - 1e-9 * abs(state.score)
+    helpful = np.flatnonzero(scores < enough)
+    for number, swap in enumerate(helpful[np.argsort(scores[helpful], kind="stable")][:_SWAPS]):
+        pair = first[swap : swap + 1], second[swap : swap + 1]
+        if number == 0 or _still_helps(state, pair, allowed):
+            state.swap(int(pair[0][0]), int(pair[1][0]))
+    return bool(len(helpful))
+
+
+def _still_helps(state: State, pair: tuple[Ints, Ints], allowed: Allowed | None) -> bool:
+    """Whether a swap that helped before others were made is allowed and helps after them."""
+    fine = state.allowed(*pair).all() and (allowed is None or allowed(state, *pair).all())
+    return bool(fine) and float(state.scores(*pair)[0]) < state.score - 1e-9 * abs(state.score)
 
 
 def _candidates(state: State) -> tuple[Ints, Ints]:
-    """Pairs of items: everything on the hottest ranks with everything, and pairs that save the most copies."""
+    """Pairs of items: all on the hottest ranks with all, and for each the one with which it saves most traffic."""
     number = state.items.number
     hot = np.flatnonzero(np.isin(state.rank, state.hottest(_HOT_RANKS)))
     first = [np.repeat(hot, number)]
     second = [np.tile(np.arange(number), len(hot))]
-    weights = state.objective.weights
-    for reach in (state.nodes, state.ranks):
-        saving = None if reach is None else reach.saving(weights)
-        if saving is not None:
-            _add_pairs(saving, first, second)
-    if state.pulls is not None:
-        _add_pairs(_pull_saving(state), first, second)
+    saving = _saving(state)
+    if saving is not None:
+        partner = saving.argmin(1)
+        useful = np.flatnonzero(saving[np.arange(number), partner] < 0.0)
+        first.append(useful)
+        second.append(partner[useful])
     return np.concatenate(first), np.concatenate(second)
 
 
-def _add_pairs(saving: NDArray[np.float64], first: list[Ints], second: list[Ints]) -> None:
-    """The pairs (each once) with the lowest change."""
-    number = len(saving)
-    flat = np.where(np.tri(number, k=0, dtype=bool), np.inf, saving).reshape(-1)
-    count = min(_BY_COPIES, flat.size - 1)
-    lowest = np.argpartition(flat, count)[:count]
-    lowest = lowest[flat[lowest] < 0.0]
-    first.append(lowest // number)
-    second.append(lowest % number)
+def _saving(state: State) -> NDArray[np.float64] | None:
+    """Change of mean port seconds by every swap, ``[items, items]``; None where nothing is known of pairs."""
+    total = None if state.pulls is None else _pull_saving(state)
+    price = state.objective.weights * state.tokens * state.bytes
+    ports = state.objective.ports
+    for reach, cost in ((state.nodes, ports.nodes.mean()), (state.ranks, ports.ranks.mean() / len(ports.ranks))):
+        change = None if reach is None else reach.saving(price * cost)
+        if change is not None:
+            total = change if total is None else total + change
+    return total
 
 
 def _pull_saving(state: State) -> NDArray[np.float64]:

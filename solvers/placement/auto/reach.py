@@ -19,7 +19,10 @@ class Reach(Protocol):
     """Parts of the tokens that reach places, ``[scenarios, places]``, kept up to date while items move."""
 
     place: Ints
-    parts: Array
+
+    @property
+    def parts(self) -> Array:
+        """Parts of the tokens that reach each place."""
 
     def after(self, first: Ints, second: Ints) -> tuple[Array, Array]:
         """Parts at the places of ``first`` and of ``second`` after each swap, ``[scenarios, swaps]`` each."""
@@ -48,7 +51,7 @@ class TokenReach:
         self.both = np.zeros((len(self.tokens), number, number))
         self.reached = np.zeros((len(self.tokens), num_places))
         for scenario, tokens in enumerate(self.tokens):
-            self._count(scenario, tokens, 1.0)
+            self._count(scenario, tokens, 1.0, np.arange(num_places))
 
     @property
     def parts(self) -> Array:
@@ -87,36 +90,34 @@ class TokenReach:
         return change
 
     def swap(self, first: int, second: int) -> None:
-        """Let two items change places; only tokens that chose either are counted anew."""
-        touched = []
-        for scenario, tokens in enumerate(self.tokens):
-            holders = self.holders[scenario]
-            chosen = tokens[np.union1d(holders[first], holders[second])]
-            self._count(scenario, chosen, -1.0)
-            touched.append(chosen)
+        """Let two items change places; only tokens that chose either, at both places, are counted anew."""
+        both_places = np.array([self.place[first], self.place[second]])
+        chosen = [
+            tokens[np.union1d(holders[first], holders[second])]
+            for tokens, holders in zip(self.tokens, self.holders, strict=True)
+        ]
+        for scenario, tokens in enumerate(chosen):
+            self._count(scenario, tokens, -1.0, both_places)
         self.place[first], self.place[second] = self.place[second], self.place[first]
-        for scenario, chosen in enumerate(touched):
-            self._count(scenario, chosen, 1.0)
+        for scenario, tokens in enumerate(chosen):
+            self._count(scenario, tokens, 1.0, both_places)
 
-    def _count(self, scenario: int, tokens: Ints, sign: float) -> None:
-        """Add (or take away) what these tokens contribute to the tables."""
-        number, places = self.items.number, self.num_places
+    def _count(self, scenario: int, tokens: Ints, sign: float, places: Ints) -> None:
+        """Add (or take away) what these tokens contribute to the tables at some places."""
         used = tokens >= 0
-        where = np.where(used, self.place[np.maximum(tokens, 0)], places)
-        row = np.arange(len(tokens))
-        held = np.zeros((len(tokens), places + 1), dtype=np.int16)
-        for column in range(tokens.shape[1]):
-            held[row, where[:, column]] += 1
-        found = held[:, :places] > 0
-        self.reached[scenario] += sign * found.sum(0)
-        alone = used & (held[row[:, None], where] == 1)
-        self.alone[scenario] += sign * np.bincount(tokens[alone], minlength=number)
-        token, column = np.nonzero(used)
-        self.joins[scenario] += sign * _rows_by(tokens[token, column], ~found[token], number)
-        token, column = np.nonzero(alone)
-        pair = tokens[token, column][:, None] * number + tokens[token]
-        pair = pair[used[token]]
-        self.both[scenario] += sign * np.bincount(pair, minlength=number * number).reshape(number, number)
+        place = np.where(used, self.place[np.maximum(tokens, 0)], -1)
+        here = place[:, :, None] == places
+        held = here.sum(1)
+        found = held > 0
+        self.reached[scenario][places] += sign * found.sum(0)
+        alone = (here & (held == 1)[:, None, :]).any(2)
+        self.alone[scenario] += sign * np.bincount(tokens[alone], minlength=self.items.number)
+        token, choice = np.nonzero(used)
+        joined = _rows_by(tokens[token, choice], ~found[token], self.items.number)
+        self.joins[scenario][:, places] += sign * joined
+        token, choice = np.nonzero(alone)
+        first, second = np.broadcast_arrays(tokens[token, choice][:, None], tokens[token])
+        np.add.at(self.both[scenario], (first[used[token]], second[used[token]]), sign)
 
 
 class ChanceReach:
@@ -168,20 +169,25 @@ class MessageReach:
         """``tokens`` ``[scenarios]``: tokens of each scenario's mean batch."""
         self.place = place.copy()
         self.messages = (items.mean @ items.load) / np.maximum(tokens, 1e-12)[:, None]
-        self.parts = np.stack([np.bincount(place, row, minlength=num_places) for row in self.messages])
+        self.sums: Array = np.stack([np.bincount(place, row, minlength=num_places) for row in self.messages])
+
+    @property
+    def parts(self) -> Array:
+        """Messages per token to each place."""
+        return self.sums
 
     def copy(self) -> MessageReach:
         """The same state, to change apart."""
         twin = object.__new__(MessageReach)
         twin.__dict__.update(self.__dict__)
-        twin.place, twin.parts = self.place.copy(), self.parts.copy()
+        twin.place, twin.sums = self.place.copy(), self.sums.copy()
         return twin
 
     def after(self, first: Ints, second: Ints) -> tuple[Array, Array]:
         """Messages at both items' places after each swap."""
         same = self.place[first] == self.place[second]
         change = np.where(same, 0.0, self.messages[:, second] - self.messages[:, first])
-        return self.parts[:, self.place[first]] + change, self.parts[:, self.place[second]] - change
+        return self.sums[:, self.place[first]] + change, self.sums[:, self.place[second]] - change
 
     def saving(self, weights: Array) -> Array | None:
         """The sum of messages does not depend on places."""
@@ -191,8 +197,8 @@ class MessageReach:
         """Let two items change places."""
         here, there = self.place[first], self.place[second]
         change = self.messages[:, second] - self.messages[:, first]
-        self.parts[:, here] += change
-        self.parts[:, there] -= change
+        self.sums[:, here] += change
+        self.sums[:, there] -= change
         self.place[first], self.place[second] = there, here
 
 

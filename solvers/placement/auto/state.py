@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from regraft.solvers.placement.objective import Objective
 _MEAN_PORT = 0.1
 #: Weight of token balance where the layer's time does not depend on it (all ranks read the same weights).
 _BALANCE = 0.02
+#: Under "min-max", weight of the worst scenario's unevenness (largest over mean rank load, less one) beside its slowdown.
+#: Plans of near equal slowdown differ much in balance, and counts alone say little of traffic: prefer the even ones.
+WORST_BALANCE = 1.0
 #: Most ranks for which exact tables by rank are kept; beyond, copies into a rank are taken for messages.
 _RANK_TABLES = 72
 
@@ -23,8 +26,9 @@ _RANK_TABLES = 72
 class Frame:
     """What the search of one layer is given besides its items.
 
-    ``offset`` ``[scenarios]``: seconds of the other layers, for a joined objective; ``floor`` ``[scenarios]``: the
-    balancedness not to fall below, 0 for none; ``pull`` ``[scenarios, items, ranks]``: seconds that an item costs on a
+    ``offset`` ``[scenarios]``: seconds of the other layers, for a joined objective; ``uneven`` ``[scenarios]`` and
+    ``part``: under "min-max", mean unevenness of all layers without this one, and what part of the mean this one is;
+    ``floor`` ``[scenarios]``: the balancedness not to fall below, 0 for none; ``pull`` ``[scenarios, items, ranks]``: seconds that an item costs on a
     rank by its neighbours in other layers; ``fixed`` items do not move; ``domain`` ``[ranks]``: items swap only between
     ranks of one domain (a node, where router groups are kept whole) and ``kin`` ``[items]``: only with their like.
     """
@@ -35,7 +39,9 @@ class Frame:
     fixed: NDArray[np.bool_] | None = None
     domain: Ints | None = None
     kin: Ints | None = None
-    scale: float = field(default=1.0)
+    scale: float = 1.0
+    uneven: Array | None = None
+    part: float = 1.0
 
 
 class State:
@@ -71,7 +77,9 @@ class State:
         """Which swaps keep every rank free of second copies and respect fixed items, domains and kin."""
         frame, expert = self.frame, self.items.expert
         here, there = self.rank[first], self.rank[second]
-        fine = (here != there) & ~self.holds[there, expert[first]] & ~self.holds[here, expert[second]]
+        fine: NDArray[np.bool_] = (
+            (here != there) & ~self.holds[there, expert[first]] & ~self.holds[here, expert[second]]
+        )
         if frame.fixed is not None:
             fine &= ~frame.fixed[first] & ~frame.fixed[second]
         if frame.domain is not None:
@@ -127,7 +135,8 @@ class State:
         return np.argsort(-votes, kind="stable")[:number]
 
     def _busy(self, load: Array, reads: Array) -> Array:
-        return np.maximum(load / self.objective.rates, reads / self.objective.reads)
+        busy: Array = np.maximum(load / self.objective.rates, reads / self.objective.reads)
+        return busy
 
     def _moved(self, sums: Array, own: Array, first: Ints, second: Ints) -> tuple[Array, Array]:
         change = own[:, second] - own[:, first]
@@ -140,9 +149,11 @@ class State:
 
     def _joined(self, seconds: Array, largest: Array) -> Array:
         objective, mean = self.objective, self.items.mean
-        joined = objective.joined(seconds + self.frame.offset[:, None])
+        joined: Array = objective.joined(seconds + self.frame.offset[:, None])
         uneven = mean @ (largest / self.mean_load[:, None]) - 1.0
         scale = self.frame.scale
+        if self.frame.uneven is not None:
+            return joined + WORST_BALANCE * (self.frame.uneven[:, None] + self.frame.part * uneven).max(0)
         joined = joined + scale * _BALANCE * (objective.weights @ uneven)
         if self.frame.floor.any():
             even = mean @ (self.mean_load[:, None] / largest)
