@@ -27,8 +27,8 @@ from regraft.codegen.cpu.attention_masks import (
 )
 from regraft.codegen.cpu.attention_sdpa import attend_sdpa
 from regraft.codegen.cpu.context import Context
-from regraft.codegen.cpu.native.attention import attend
 from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.native_operators import attend_native
 from regraft.ir.mask import And, Everything, Keys, Predicate, intervals, parse, to_dense
 from regraft.ir.mask.predicate import tensors_of
 from regraft.ir.nodes import concrete, dtype, shape
@@ -103,11 +103,6 @@ def lower_native(context: Context, given: dict[str, Any]) -> fx.Node:
     seen = _interval_node(context, given, parts, operands)
     empty = given["empty_rows"] if given["mask_fill"] is None else "mean"
     return context.call(attend_native, *operands, mask, *tables, given["scale"], given["softcap"], seen, empty)
-
-
-def attend_native(*given: Any) -> Tensor:
-    """``native.attention.attend`` on this process's library."""
-    return attend(NATIVE.library(), *given)
 
 
 @dataclass(frozen=True)

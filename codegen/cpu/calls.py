@@ -2,7 +2,8 @@
 
 The graph names operators as overloads, which say exactly what runs, and weights as attributes. Called like that, each
 operator costs one to two microseconds more than PyTorch's own binding of it, and each weight half a microsecond:
-a tenth of a small model's time. So what runs is a copy of the graph with bindings, and weights as bound arguments.
+a tenth of a small model's time. So what runs is a copy of the graph with bindings, weights as bound arguments, and
+neighbouring native calls as one (``segments.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+
+from regraft.codegen.cpu.segments import Segment, group
 
 aten = torch.ops.aten
 
@@ -44,14 +47,27 @@ def function_of(module: fx.GraphModule) -> Callable[..., Any]:
     now; tensors are shared, not copied."""
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
-    attributes = [node for node in module.graph.nodes if node.op == "get_attr"]
-    for node in attributes:
-        made[node] = graph.placeholder(node.name)
+    bound: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            made[node] = graph.placeholder(node.name)
+            bound[made[node]] = _attribute(module, str(node.target))
     for node in module.graph.nodes:
         if node not in made:
             made[node] = graph.node_copy(node, made.__getitem__)
-            made[node].target = BINDINGS.get(node.target, node.target)
-    values = [_attribute(module, str(node.target)) for node in attributes]
+
+    def bind(segment: Segment) -> fx.Node:
+        with graph.inserting_before(next(iter(graph.nodes))):
+            place = graph.placeholder(f"segment_{len(bound)}")
+        bound[place] = segment
+        return place
+
+    group(graph, dict(bound), bind)
+    for node in list(graph.nodes):
+        node.target = BINDINGS.get(node.target, node.target)
+        if node in bound and not node.users:
+            graph.erase_node(node)
+    values = [bound[node] for node in graph.nodes if node in bound]
     return partial(fx.GraphModule(nn.Module(), graph).forward, *values)
 
 

@@ -1,10 +1,9 @@
 """The kernels that a linear layer can run on, each as nodes of the lowered graph.
 
-All but one are operators that PyTorch ships: ``plain`` is ``aten.linear`` on the model's own weight; ``transposed`` is
-``mm`` on a transposed copy; ``onednn`` multiplies with a weight packed by oneDNN; ``convolution`` is the same product
-as a 1x1 convolution over ``rows`` pixels, whose oneDNN kernels are often faster than its matrix product; ``native`` is
-our own (``native/linear.cpp``), which wins where rows are few. Packed weights depend on neither batch nor length,
-except that a convolution is planned for a number of rows.
+``plain`` is ``aten.linear`` on the model's own weight; ``onednn`` multiplies with a weight packed by oneDNN; ``native``
+is our own (``native/linear.cpp``), which wins where rows are few and costs no call of its own among its like. Packed
+weights depend on neither batch nor length. Measured and not worth their copies: products with a transposed weight, and
+1x1 convolutions.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor, fx
 from regraft.codegen.cpu.context import Emitter
 from regraft.codegen.cpu.native import linear as native_linear
 from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.native_operators import linear_native
 from regraft.ir.ops.activation import activate
 
 aten = torch.ops.aten
@@ -80,20 +80,6 @@ def plain(emit: Emitter, given: Operands) -> fx.Node:
     return _epilogue(emit, given, _activated(emit, out, given.activation))
 
 
-def transposed(emit: Emitter, given: Operands) -> fx.Node:
-    """A plain product with a transposed copy of the weight; a bias or residual is where the product starts from."""
-    weight = emit.bind(given.weight.detach().t().contiguous(), given.hint)
-    direct = given.activation == "none" and given.multiplier is None
-    start = given.residual if direct and given.residual is not None else given.bias
-    if start is None:
-        out = emit.call(aten.mm.default, given.x, weight)
-        return _epilogue(emit, given, _activated(emit, out, given.activation))
-    out = emit.call(aten.addmm.default, start, given.x, weight)
-    if start is given.residual:
-        return out if given.bias is None else emit.call(aten.add_.Tensor, out, given.bias)
-    return _epilogue(emit, given, _activated(emit, out, given.activation))
-
-
 def onednn(emit: Emitter, given: Operands) -> fx.Node:
     """oneDNN's packed product; the epilogue works in place on the result, the first sum or product is fused."""
     return _onednn(emit, given, fuse_activation=False)
@@ -117,53 +103,11 @@ def _onednn(emit: Emitter, given: Operands, fuse_activation: bool) -> fx.Node:
     return _epilogue(emit, given, out)
 
 
-def convolution(emit: Emitter, given: Operands) -> fx.Node:
-    """A 1x1 convolution over ``rows`` pixels in channels-last layout: ``[rows, in]`` is ``[1, in, 1, rows]``."""
-    rows, (out_features, in_features) = given.rows, given.weight.shape
-    assert rows is not None
-    packed = emit.bind(pack_convolution(given.weight, rows), given.hint)
-    image = _as_image(emit, given.x, rows, in_features)
-    binary, operand = _first_binary(given)
-    geometry = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
-    if binary == "add":
-        assert operand is not None
-        other = _as_image(emit, operand, rows, out_features)
-        out = emit.call(
-            mkldnn._convolution_pointwise.binary,
-            image,
-            other,
-            packed,
-            given.bias,
-            *geometry,
-            "add",
-            1.0,
-            None,
-            [],
-            None,
-        )
-        return emit.call(aten.as_strided.default, out, [rows, out_features], [out_features, 1])
-    out = emit.call(mkldnn._convolution_pointwise.default, image, packed, given.bias, *geometry, "none", [], "")
-    flat = emit.call(aten.as_strided.default, out, [rows, out_features], [out_features, 1])
-    return _epilogue(emit, given, _activated(emit, flat, given.activation))
-
-
 def native(emit: Emitter, given: Operands) -> fx.Node:
     """Our own kernel, the whole epilogue inside."""
     packed = emit.bind(native_linear.pack(NATIVE.library(), given.weight), given.hint)
     epilogue = (given.bias, given.activation, given.multiplier, given.residual)
     return emit.call(linear_native, given.x, packed, given.weight.shape[0], *epilogue)
-
-
-def linear_native(*given: Any) -> Tensor:
-    """``native.linear.linear`` on this process's library."""
-    return native_linear.linear(NATIVE.library(), *given)
-
-
-def _as_image(emit: Emitter, flat: fx.Node, rows: int, features: int) -> fx.Node:
-    """``[rows, features]`` as ``[1, features, 1, rows]`` in channels-last layout; a slice of wider rows is copied."""
-    dense = emit.call(aten.contiguous.default, flat)
-    strides = [features * rows, 1, features * rows, features]
-    return emit.call(aten.as_strided.default, dense, [1, features, 1, rows], strides)
 
 
 def _first_binary(given: Operands) -> tuple[str | None, fx.Node | None]:
@@ -196,23 +140,13 @@ def pack_onednn(weight: Tensor) -> Tensor:
     return packed
 
 
-def pack_convolution(weight: Tensor, rows: int) -> Tensor:
-    """The weight in oneDNN's layout for a 1x1 convolution over ``rows`` pixels."""
-    image = weight.detach().contiguous().view(*weight.shape, 1, 1).contiguous(memory_format=torch.channels_last)
-    size = [1, weight.shape[1], 1, rows]
-    packed: Tensor = mkldnn._reorder_convolution_weight(image, [0, 0], [1, 1], [1, 1], 1, size)
-    return packed
-
-
 Kernel = Callable[[Emitter, Operands], fx.Node]
 
 #: Kernels by name, in the order in which ties are broken: a kernel that needs no second copy of the weight first.
 KERNELS: dict[str, Kernel] = {
     "plain": plain,
-    "transposed": transposed,
     "onednn": onednn,
     "onednn_fused": onednn_fused,
-    "convolution": convolution,
     "native": native,
 }
 
@@ -226,9 +160,7 @@ def applicable(shape: LinearShape) -> list[str]:
         names.append("native")
     if not torch.backends.mkldnn.is_available():
         return names
-    names += ["transposed", "onednn"]
+    names.append("onednn")
     if shape.activation != "none" and shape.activation in ONEDNN_ACTIVATIONS:
         names.append("onednn_fused")
-    if shape.rows is not None:
-        names.append("convolution")
     return names

@@ -20,6 +20,8 @@ from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.executable import Executable
 from regraft.codegen.cpu.linear import lower_linear
 from regraft.codegen.cpu.moe import pack_moe, run_moe
+from regraft.codegen.cpu.native.experts import PackedExperts
+from regraft.codegen.cpu.native_operators import experts_native
 from regraft.codegen.cpu.peephole import polish
 from regraft.codegen.cpu.rowwise import (
     BINARY,
@@ -32,7 +34,7 @@ from regraft.codegen.cpu.rowwise import (
 )
 from regraft.codegen.cpu.tuning import Tuner
 from regraft.ir import ops
-from regraft.ir.nodes import arguments
+from regraft.ir.nodes import arguments, dtype
 from regraft.ir.program import Program
 
 aten = torch.ops.aten
@@ -96,8 +98,10 @@ def _lower_moe(context: Context, node: fx.Node) -> Lowered | None:
     options = {name: given[name] for name in _EXPERT_OPTIONS}
     tensors: dict[str, Any] = {name: context.weight(value) for name, value in weights.items()}
     packed = pack_moe(**tensors, **options)
-    operands = [context.value(given[name]) for name in ("hidden", "index", "weight")]
-    return Lowered(full=context.call(run_moe, context.bind(packed, given["first"].name), *operands))
+    operands = [given[name] for name in ("hidden", "index", "weight")]
+    wide = all(dtype(operand) == torch.float32 for operand in (operands[0], operands[2]))
+    target = experts_native if wide and isinstance(packed, PackedExperts) else run_moe
+    return Lowered(full=context.call(target, context.bind(packed, given["first"].name), *map(context.value, operands)))
 
 
 _EXPERT_WEIGHTS = ("first", "down", "up", "first_bias", "down_bias", "up_bias")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from regraft.codegen.cpu.native import experts
 from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.native_operators import experts_native
 from regraft.ir.ops.moe import GateFunction
 
 _ROWS_APART = 64
@@ -115,7 +116,8 @@ def run_moe(packed: PackedMoe | experts.PackedExperts, hidden: Tensor, index: Te
     common = torch.promote_types(hidden.dtype, weight.dtype)
     shares = weight.to(torch.promote_types(common, torch.float32))
     if isinstance(packed, experts.PackedExperts):
-        return experts.run(NATIVE.library(), packed, hidden, index, shares)
+        out: Tensor = experts_native(packed, hidden, index, shares)
+        return out
     if hidden.shape[0] == 1:
         return _one_token(packed, hidden, index, shares).to(common)
     ids, order = torch.sort(index.reshape(-1))

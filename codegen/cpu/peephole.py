@@ -8,11 +8,9 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-mkldnn = torch.ops.mkldnn
 
 #: Call -> (place of the operand that may be written over, the call that does so).
 _WRITE_OVER: dict[Any, tuple[int, Any]] = {
-    mkldnn._convolution_pointwise.binary: (1, mkldnn._convolution_pointwise_.binary),
     aten.addmm.default: (0, aten.addmm_.default),
     aten.add.Tensor: (0, aten.add_.Tensor),
     aten.mul.Tensor: (0, aten.mul_.Tensor),
@@ -100,9 +98,6 @@ def write_over_dead(graph: fx.Graph) -> None:
         position, target = _WRITE_OVER[node.target]
         operand = node.args[position]
         if isinstance(operand, fx.Node) and _is_dead_buffer(operand, node, place) and _same_form(node, operand):
-            if node.target is mkldnn._convolution_pointwise.binary:
-                image, other, *rest = node.args
-                node.args = (other, image, *rest)
             node.target = target
 
 
@@ -111,8 +106,6 @@ def _same_form(node: fx.Node, operand: fx.Node) -> bool:
     here, there = _fake(node), _fake(operand)
     if node.target is aten.addmm.default:
         return there is None or there.dim() > 1  # a bias is one row, not a whole buffer
-    if node.target is mkldnn._convolution_pointwise.binary:
-        return True
     return here is not None and there is not None and here.shape == there.shape and here.dtype == there.dtype
 
 

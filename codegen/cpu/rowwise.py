@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from regraft.codegen.cpu.context import Context, Lowered
-from regraft.codegen.cpu.native import rowwise as native
 from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.native_operators import add_norm_native, norm_native, rope_native, silu_glu_native
 from regraft.ir import ops
 from regraft.ir.nodes import arguments, dtype, rank, shape, sizes_equal
 from regraft.ir.ops.activation import activate
@@ -69,32 +69,6 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return opened.mul_(up) if opened.dtype == torch.promote_types(gate.dtype, up.dtype) else opened * up
 
 
-def norm_native(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, centred: bool
-) -> Tensor:
-    """RMSNorm in fp32, where all flavours agree, or LayerNorm, which is ``centred``."""
-    return native.norm(NATIVE.library(), x, None, weight, bias, eps, offset, centred)[0]
-
-
-def add_norm_native(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, centred: bool
-) -> tuple[Tensor, Tensor]:
-    """The sum and its norm in fp32: each row is read once."""
-    normed, total = native.norm(NATIVE.library(), x, residual, weight, bias, eps, offset, centred)
-    assert total is not None
-    return normed, total
-
-
-def rope_native(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
-    """Rotary embedding of paired halves in fp32, ``x`` ``[batch, heads, length, head_dim]``."""
-    return native.rope(NATIVE.library(), x, cos, sin, rotary_dim)
-
-
-def silu_glu_native(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """silu(gate) * up in fp32."""
-    return native.silu_glu(NATIVE.library(), gate, up)
-
-
 def _native_can(*operands: fx.Node | None) -> bool:
     """Whether there are native kernels, which take fp32 only."""
     return all(dtype(node) == torch.float32 for node in operands if node is not None) and not NATIVE.missing()
@@ -147,7 +121,7 @@ def lower_glu(context: Context, node: fx.Node) -> Lowered:
     flat = context.has_flat(gate) and context.has_flat(up) and _alike(gate, up)
     args = [(context.flat if flat else context.value)(operand) for operand in (gate, up)]
     fast = activation == "silu" and _alike(gate, up) and _native_can(gate, up)
-    out = context.call(silu_glu_native if fast else glu, *args, activation)
+    out = context.call(silu_glu_native, *args) if fast else context.call(glu, *args, activation)
     return Lowered(flat=out, fresh=True) if flat else Lowered(full=out, fresh=True)
 
 

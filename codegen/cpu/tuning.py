@@ -7,6 +7,7 @@ loading measures nothing.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,16 +19,25 @@ from torch import Tensor, fx
 
 from regraft.codegen.cpu.attention_native import AttentionShape
 from regraft.codegen.cpu.context import Emitter
-from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable, pack_onednn
+from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
 
 _SECONDS_PER_SHAPE = 0.2
 _LARGER_THAN_CACHES = 64 << 20  # bytes
 _NEIGHBOUR, _NEIGHBOUR_ROWS = 512, 64  # features and rows of the product that is run beside each kernel
 _UNKNOWN_ROWS = 256  # where their number is symbolic
 _MOST_ROWS = 768  # more rows take longer, and tell nothing else
-_NOT_IN_VAIN = 1.3  # a kernel that takes this much longer than the best at first is not measured again
+_NOT_IN_VAIN = 1.3  # a kernel that takes this much longer than the best is not measured again
+_TRIED = 1e-3  # seconds of measuring before that is known
+_NO_EPILOGUE: dict[str, Any] = {
+    "has_bias": False,
+    "activation": "none",
+    "has_multiplier": False,
+    "has_residual": False,
+}
 _SMALL = 64  # features of the product that brings a kernel's code into the caches
 _WORTH_A_COPY = 0.97  # a packed weight must be this much faster than the plain one to be worth its memory
+_WORTH_A_CALL = 0.97  # and another library's kernel this much faster than ours, which joins its neighbours in one call
+_CALL = 2e-5  # seconds that such a call costs: Python's, and the neighbours' that it parts
 
 Shape = LinearShape | AttentionShape
 _OPERATORS: dict[str, type[LinearShape] | type[AttentionShape]] = {"linear": LinearShape, "attention": AttentionShape}
@@ -62,7 +72,7 @@ class Tuner:
     A kernel is measured as it will run in a model. Every layer's weight is read once a call, from memory rather than
     from a cache: ``others`` are tensors that are read between measurements, and the kernel's code, which runs in every
     layer, is brought back by a small product. And it has neighbours: two libraries in turn disturb each other, so that
-    each kernel is measured between two packed products of oneDNN's.
+    each kernel is measured between two products of the library that runs the rest.
     """
 
     def __init__(self, others: Sequence[Tensor] = ()) -> None:
@@ -125,17 +135,22 @@ class Tuner:
             seconds = _interleaved(dict(runs), lambda: self._as_in_a_model(given), _neighbour(shape), rehearsals)
             for run in runs.values():
                 run.release()
-        best = min(seconds, key=lambda name: seconds[name]) if seconds else "plain"
-        if "plain" in seconds and seconds[best] > _WORTH_A_COPY * seconds["plain"]:
-            best = "plain"
-        return best, seconds
+        return _best(seconds), seconds
 
     def _measure_attention(self, runs: Mapping[str, Callable[[], Any]]) -> tuple[str, dict[str, float]]:
         """Keys and values come from the layer before: nothing is cold."""
         for run in runs.values():
             run()
         seconds = _interleaved(runs)
-        return min(seconds, key=lambda name: seconds[name]), seconds
+        return _best(seconds), seconds
+
+
+def _best(seconds: Mapping[str, float]) -> str:
+    best = min(seconds, key=lambda name: seconds[name]) if seconds else "plain"
+    if seconds.get("plain", math.inf) <= seconds.get(best, 0.0) / _WORTH_A_COPY:
+        return "plain"
+    own = seconds.get("native", math.inf)
+    return "native" if own - _CALL <= seconds.get(best, 0.0) / _WORTH_A_CALL else best
 
 
 def _names(shape: Shape) -> Sequence[str]:
@@ -190,12 +205,12 @@ def _compiled(name: str, shape: LinearShape, weight: Tensor, given: Mapping[str,
 
 
 def _neighbour(shape: LinearShape) -> Callable[[], Any] | None:
-    """A packed product of oneDNN's with a small weight of its own; None where oneDNN has none."""
-    if not torch.backends.mkldnn.is_available():
-        return None
+    """A packed product with a small weight of its own, of the library that runs what lies between linear layers: ours,
+    else oneDNN; None where there is neither."""
     x = torch.randn(min(shape.rows or _NEIGHBOUR_ROWS, _NEIGHBOUR_ROWS), _NEIGHBOUR)
-    packed = pack_onednn(torch.randn(_NEIGHBOUR, _NEIGHBOUR))
-    return lambda: torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
+    beside = replace(shape, in_features=_NEIGHBOUR, out_features=_NEIGHBOUR, **_NO_EPILOGUE)
+    name = next((name for name in ("native", "onednn") if name in applicable(beside)), None)
+    return None if name is None else _compiled(name, beside, torch.randn(_NEIGHBOUR, _NEIGHBOUR), {"x": x})
 
 
 def _interleaved(
@@ -214,7 +229,7 @@ def _interleaved(
     while rounds < 2 or (rounds < 30 and time.perf_counter() < deadline):
         least = min(best.values(), default=0.0)
         for name, run in runs.items():
-            if rounds and best[name] > _NOT_IN_VAIN * least:
+            if rounds * least > _TRIED and best[name] > _NOT_IN_VAIN * least:
                 continue
             prepare()
             (rehearsals.get(name) or beside)()

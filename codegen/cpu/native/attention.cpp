@@ -17,11 +17,11 @@ struct Site {
     const float *slopes;  // [heads], times (key - query), added to the scaled scores (ALiBi); null for none
     const float *sinks;   // [heads], a logit that takes weight and gives nothing; null for none
     float *out, *workspace;
+    const int64_t *starts, *ends;  // of the keys that each query sees, [batch, length]; null for all keys
     int64_t batch, heads, kv_heads, length, keys, head_dim, value_dim;
     int64_t query_strides[3], key_strides[3], value_strides[3], out_strides[3];  // batch, head, row
     int64_t mask_strides[4];                                                     // batch, head, row, key (0 or 1)
-    const int64_t *starts, *ends;  // of the keys that each query sees, [batch, length]; null for all keys
-    int64_t interval_stride;       // from batch to batch
+    int64_t interval_stride;                                                     // of starts and ends, batch to batch
     float scale, softcap;
     int32_t empty_rows;
 };
@@ -176,6 +176,7 @@ static int64_t keys_left(const Site &s, int64_t b) {
 
 extern "C" void regraft_attention(const Site *given) {
     const Site &s = *given;
+    if (s.batch == 0 || s.heads == 0 || s.length == 0 || s.value_dim == 0) return;
     int64_t padded = round_up(s.keys, PANEL), width = round_up(s.value_dim, LANES), groups = s.heads / s.kv_heads;
     int64_t each = padded * (s.head_dim + width), blocks = ceil_div(s.length, QUERY_BLOCK);
 #pragma omp parallel

@@ -7,7 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+from regraft.codegen.cpu.native.call import FLOAT, INT, LONG, POINTER, NativeCall
+
+_POINTERS = ("query", "key", "value", "mask", "slopes", "sinks", "out", "workspace", "starts", "ends")
 #: What a row without a key gives, as the kernel numbers it.
 EMPTY_ROWS = {"zero": 0, "nan": 1, "mean": 2}
 
@@ -16,16 +18,14 @@ class _Site(ctypes.Structure):
     """``Site`` in ``attention.cpp``, field by field."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("query", "key", "value", "mask", "slopes", "sinks", "out", "workspace")),
-        *((name, _LONG) for name in ("batch", "heads", "kv_heads", "length", "keys", "head_dim", "value_dim")),
-        *((f"{name}_strides", _LONG * 3) for name in ("query", "key", "value", "out")),
-        ("mask_strides", _LONG * 4),
-        ("starts", _POINTER),
-        ("ends", _POINTER),
-        ("interval_stride", _LONG),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("empty_rows", ctypes.c_int32),
+        *((name, POINTER) for name in _POINTERS),
+        *((name, LONG) for name in ("batch", "heads", "kv_heads", "length", "keys", "head_dim", "value_dim")),
+        *((f"{name}_strides", LONG * 3) for name in ("query", "key", "value", "out")),
+        ("mask_strides", LONG * 4),
+        ("interval_stride", LONG),
+        ("scale", FLOAT),
+        ("softcap", FLOAT),
+        ("empty_rows", INT),
     )
 
 
@@ -41,7 +41,7 @@ def attend(
     softcap: float,
     intervals: Tensor | None,
     empty_rows: str,
-) -> Tensor:
+) -> NativeCall:
     """Attention of ``query`` ``[batch, heads, length, head_dim]``, ``key`` and ``value`` with ``kv_heads`` heads, all
     fp32 with any strides; the result is ``[batch, heads, length, value_dim]``, in memory ``[batch, length, heads, …]``.
 
@@ -51,33 +51,28 @@ def attend(
     """
     batch, heads, length, head_dim = query.shape
     kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    out = torch.empty((batch, length, heads, value_dim), dtype=query.dtype).transpose(1, 2)
-    if out.numel() == 0:
-        return out
+    out = query.new_empty((batch, length, heads, value_dim)).transpose(1, 2)
     query, key, value = _rows_in_order(query), _rows_in_order(key), _rows_in_order(value)
     shown = None if mask is None else _rows_in_order(mask).expand(batch, heads, length, keys)
-    held = [None if table is None else table.reshape(-1).contiguous() for table in (slopes, sinks)]
-    floats = library.regraft_attention_workspace(
-        _LONG(batch), _LONG(kv_heads), _LONG(keys), _LONG(head_dim), _LONG(value_dim)
-    )
-    workspace = torch.empty(floats, dtype=query.dtype)
-    site = _Site(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(),
-        _address(shown), _address(held[0]), _address(held[1]), out.data_ptr(), workspace.data_ptr(),
+    held = (None if table is None else table.reshape(-1).contiguous() for table in (slopes, sinks))
+    floats = library.regraft_attention_workspace(batch, kv_heads, keys, head_dim, value_dim)
+    workspace = query.new_empty(floats)
+    starts, ends = (None, None) if intervals is None else intervals.unbind(0)
+    values = (
         batch, heads, kv_heads, length, keys, head_dim, value_dim,
         query.stride()[:3], key.stride()[:3], value.stride()[:3], out.stride()[:3],
         (0, 0, 0, 0) if shown is None else shown.stride(),
-        *_intervals(intervals),
+        0 if starts is None or starts.shape[0] == 1 else starts.stride(0),
         scale, softcap, EMPTY_ROWS[empty_rows],
     )  # fmt: skip
-    library.regraft_attention(ctypes.byref(site))
-    return out
+    tensors = (query, key, value, shown, *held, out, workspace, starts, ends)
+    return NativeCall("regraft_attention", _Site, tensors, values, out, (out, workspace))
 
 
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the functions take and return."""
-    library.regraft_attention_workspace.argtypes = [_LONG] * 5
-    library.regraft_attention_workspace.restype = _LONG
+    library.regraft_attention_workspace.argtypes = [LONG] * 5
+    library.regraft_attention_workspace.restype = LONG
     library.regraft_attention.restype = None
 
 
@@ -86,7 +81,7 @@ def check(library: ctypes.CDLL) -> str:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 70, 20, generator=generator) for heads in (4, 2, 2))
     causal = torch.stack((torch.zeros(1, 70, dtype=torch.int64), torch.arange(1, 71)[None]))
-    given = attend(library, query, key, value, None, None, None, 0.3, 0.0, causal, "nan")
+    given = attend(library, query, key, value, None, None, None, 0.3, 0.0, causal, "nan").run(library)
     with torch.no_grad():
         wanted = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=0.3, enable_gqa=True
@@ -98,16 +93,3 @@ def check(library: ctypes.CDLL) -> str:
 def _rows_in_order(tensor: Tensor) -> Tensor:
     """The kernel takes any strides but the last, which is one (or nought, where a single column is spread)."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _intervals(intervals: Tensor | None) -> tuple[int | None, int | None, int]:
-    """Addresses of starts and ends, and the stride from batch to batch."""
-    if intervals is None:
-        return None, None, 0
-    start = intervals.data_ptr()
-    step = 0 if intervals.shape[1] == 1 else intervals.stride(1)
-    return start, start + intervals.stride(0) * intervals.element_size(), step
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

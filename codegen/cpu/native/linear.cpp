@@ -5,7 +5,7 @@
 
 #include "vector.h"
 
-constexpr int64_t ROW_BLOCK = 96;  // rows whose results of one panel stay in the first cache
+constexpr int64_t ROW_BLOCK = 48;  // rows whose results of one panel stay in the first cache
 enum Activation { NONE, RELU, SIGMOID, TANH, SILU, GELU, GELU_TANH, QUICK_GELU, RELU_SQUARED };
 
 struct Linear {
@@ -14,6 +14,8 @@ struct Linear {
     float *out;                                 // [rows, columns]
     int64_t rows, depth, columns, x_stride, multiplier_stride, residual_stride;
     int32_t activation;
+    const float *next;  // the weight that is needed after this one, in panels; null where it is not known
+    int64_t next_panels, next_panel;  // their number, and the numbers that each holds
 };
 
 INLINE vec activated(vec x, int32_t activation) {
@@ -33,7 +35,7 @@ INLINE vec activated(vec x, int32_t activation) {
     }
 }
 
-// The epilogue on `rows` rows from `from`, `columns` wide, written to `to`.
+// The epilogue but for the bias on `rows` rows from `from`, `columns` wide, written to `to`.
 static void finish(const Linear &s, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,
                    const float *from, int64_t from_stride, float *to) {
     for (int64_t r = 0; r < rows; r++) {
@@ -44,7 +46,6 @@ static void finish(const Linear &s, int64_t first_row, int64_t rows, int64_t fir
             int64_t count = smaller((int64_t)LANES, columns - j);
             auto part = [&](const float *at) { return count == LANES ? load(at) : load_part(at, count); };
             vec x = load(from + r * from_stride + j);
-            if (s.bias) x += part(s.bias + first_column + j);
             if (s.activation) x = activated(x, s.activation);
             if (multiplier) x *= part(multiplier + j);
             if (residual) x += part(residual + j);
@@ -53,23 +54,40 @@ static void finish(const Linear &s, int64_t first_row, int64_t rows, int64_t fir
     }
 }
 
+// Where the part of `thread` begins when `tasks` are shared out in order.
+static int64_t share(int64_t tasks, int64_t thread, int64_t threads) { return tasks * thread / threads; }
+
+extern "C" int omp_get_thread_num(), omp_get_num_threads();  // the header of some compilers is a package of its own
+
 extern "C" int64_t regraft_panel() { return PANEL; }
 
 extern "C" void regraft_linear(const Linear *given) {
     const Linear &s = *given;
     int64_t panels = ceil_div(s.columns, PANEL), blocks = ceil_div(s.rows, ROW_BLOCK);
-    bool epilogue = s.bias || s.activation || s.multiplier || s.residual;
+    bool epilogue = s.activation || s.multiplier || s.residual;
+    float last[PANEL] = {};  // the last panel's bias, with zeros behind it
+    if (s.bias) memcpy(last, s.bias + (panels - 1) * PANEL, (s.columns - (panels - 1) * PANEL) * sizeof(float));
 #pragma omp parallel
     {
         float *scratch = (float *)aligned_alloc(64, ROW_BLOCK * PANEL * sizeof(float));
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < panels * blocks; task++) {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        int64_t task = share(panels * blocks, thread, threads), end = share(panels * blocks, thread + 1, threads);
+        const float *next = s.next ? s.next + share(s.next_panels, thread, threads) * s.next_panel : nullptr;
+        for (; task < end; task++) {
             int64_t panel = task / blocks, first = task % blocks * ROW_BLOCK, column = panel * PANEL;
             int64_t rows = smaller(ROW_BLOCK, s.rows - first), columns = smaller((int64_t)PANEL, s.columns - column);
             float *to = s.out + first * s.columns + column;
             bool direct = columns == PANEL && !epilogue;
-            product(rows, PANEL, s.x + first * s.x_stride, s.x_stride, s.weight + panel * s.depth * PANEL, PANEL,
-                    s.depth, direct ? to : scratch, direct ? s.columns : PANEL, false);
+            const float *weight = s.weight + panel * s.depth * PANEL;
+            const float *bias = !s.bias ? nullptr : panel + 1 < panels ? s.bias + column : last;
+            const float *after = nullptr;
+            int64_t floats = 0;
+            if (task + 1 == end)
+                after = next, floats = next ? s.next_panel : 0;
+            else if (first + rows == s.rows)
+                after = weight + s.depth * PANEL, floats = s.depth * PANEL;
+            product(rows, PANEL, s.x + first * s.x_stride, s.x_stride, weight, PANEL, s.depth, direct ? to : scratch,
+                    direct ? s.columns : PANEL, false, bias, after, floats);
             if (!direct) finish(s, first, rows, column, columns, scratch, PANEL, to);
         }
         free(scratch);

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
+from regraft.codegen.cpu.native.call import INT, LONG, POINTER, NativeCall, rows_of
 from regraft.codegen.cpu.native.panels import panels
 
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _POINTERS = ("x", "weight", "bias", "multiplier", "residual", "out")
 _NUMBERS = ("rows", "depth", "columns", "x_stride", "multiplier_stride", "residual_stride")
 #: Activation -> its number in ``linear.cpp``.
@@ -25,9 +24,12 @@ class _Linear(ctypes.Structure):
     """``Linear`` in ``linear.cpp``, field by field."""
 
     _fields_ = (
-        *((name, _POINTER) for name in _POINTERS),
-        *((name, _LONG) for name in _NUMBERS),
-        ("activation", ctypes.c_int32),
+        *((name, POINTER) for name in _POINTERS),
+        *((name, LONG) for name in _NUMBERS),
+        ("activation", INT),
+        ("next", POINTER),
+        ("next_panels", LONG),
+        ("next_panel", LONG),
     )
 
 
@@ -50,28 +52,15 @@ def linear(
     activation: str,
     multiplier: Tensor | None,
     residual: Tensor | None,
-) -> Tensor:
+) -> NativeCall:
     """``activation(x @ weight.T + bias) * multiplier + residual`` in fp32: ``x`` ``[rows, in]``, the others
     ``[rows, columns]``, all of any row stride; ``packed`` comes from :func:`pack`."""
     rows, depth = x.shape
-    out = torch.empty((rows, columns), dtype=x.dtype)
-    x = _rows(x)
-    multiplier = None if multiplier is None else _rows(multiplier)
-    residual = None if residual is None else _rows(residual)
+    out = x.new_empty((rows, columns))
+    x = rows_of(x)
+    multiplier = None if multiplier is None else rows_of(multiplier)
+    residual = None if residual is None else rows_of(residual)
+    strides = (0 if operand is None else operand.stride(0) for operand in (x, multiplier, residual))
+    values = (rows, depth, columns, *strides, ACTIVATIONS[activation])
     tensors = (x, packed, bias, multiplier, residual, out)
-    given = _Linear(
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        rows,
-        depth,
-        columns,
-        x.stride(0),
-        0 if multiplier is None else multiplier.stride(0),
-        0 if residual is None else residual.stride(0),
-        ACTIVATIONS[activation],
-    )
-    library.regraft_linear(ctypes.byref(given))
-    return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+    return NativeCall("regraft_linear", _Linear, tensors, values, out, (out,), panels=packed)

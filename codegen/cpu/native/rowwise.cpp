@@ -82,30 +82,41 @@ static void rope_row(const float *x, const float *cos, const float *sin, const f
     for (i = 2 * pairs; i < size; i++) out[i] = x[i];
 }
 
-// x and out are [batch, heads, length, size]; strides are those of batch, head and row.
-extern "C" void regraft_rope(const float *x, const float *cos, const float *sin, float *out, int64_t batch,
-                             int64_t heads, int64_t length, int64_t size, int64_t pairs, int64_t second,
-                             const int64_t *x_strides, const int64_t *cos_strides, const int64_t *sin_strides,
-                             const int64_t *out_strides) {
-    for_each(batch * length, batch * heads * length * size, [&](int64_t i) {
-        int64_t b = i / length, l = i % length;
-        for (int64_t h = 0; h < heads; h++) {
-            const float *c = cos + b * cos_strides[0] + h * cos_strides[1] + l * cos_strides[2];
-            const float *s = sin + b * sin_strides[0] + h * sin_strides[1] + l * sin_strides[2];
-            rope_row(x + b * x_strides[0] + h * x_strides[1] + l * x_strides[2], c, s, c + second, s + second,
-                     out + b * out_strides[0] + h * out_strides[1] + l * out_strides[2], pairs, size);
+struct Rope {
+    const float *x, *cos, *sin;  // [batch, heads, length, size], tables that broadcast to it
+    float *out;
+    int64_t batch, heads, length, size, pairs, second;
+    int64_t x_strides[3], cos_strides[3], sin_strides[3], out_strides[3];  // batch, head, row
+};
+
+extern "C" void regraft_rope(const Rope *given) {
+    const Rope &s = *given;
+    auto place = [](const int64_t *strides, int64_t b, int64_t h, int64_t l) {
+        return b * strides[0] + h * strides[1] + l * strides[2];
+    };
+    for_each(s.batch * s.length, s.batch * s.heads * s.length * s.size, [&](int64_t i) {
+        int64_t b = i / s.length, l = i % s.length;
+        for (int64_t h = 0; h < s.heads; h++) {
+            const float *cos = s.cos + place(s.cos_strides, b, h, l), *sin = s.sin + place(s.sin_strides, b, h, l);
+            rope_row(s.x + place(s.x_strides, b, h, l), cos, sin, cos + s.second, sin + s.second,
+                     s.out + place(s.out_strides, b, h, l), s.pairs, s.size);
         }
     });
 }
 
-// out = silu(gate) * up
-extern "C" void regraft_silu_glu(const float *gate, const float *up, float *out, int64_t rows, int64_t size,
-                                 int64_t gate_stride, int64_t up_stride) {
-    int64_t whole = size / LANES * LANES, rest = size - whole;
-    for_each(rows, rows * size, [&](int64_t r) {
-        const float *g = gate + r * gate_stride, *u = up + r * up_stride;
-        float *to = out + r * size;
-        for (int64_t i = 0; i < whole; i += LANES) store(to + i, silu(load(g + i)) * load(u + i));
-        if (rest) store_part(to + whole, silu(load_part(g + whole, rest)) * load_part(u + whole, rest), rest);
+struct Glu {
+    const float *gate, *up;  // [rows, size]
+    float *out;              // silu(gate) * up
+    int64_t rows, size, gate_stride, up_stride;
+};
+
+extern "C" void regraft_silu_glu(const Glu *given) {
+    const Glu &s = *given;
+    int64_t whole = s.size / LANES * LANES, rest = s.size - whole;
+    for_each(s.rows, s.rows * s.size, [&](int64_t r) {
+        const float *gate = s.gate + r * s.gate_stride, *up = s.up + r * s.up_stride;
+        float *to = s.out + r * s.size;
+        for (int64_t i = 0; i < whole; i += LANES) store(to + i, silu(load(gate + i)) * load(up + i));
+        if (rest) store_part(to + whole, silu(load_part(gate + whole, rest)) * load_part(up + whole, rest), rest);
     });
 }

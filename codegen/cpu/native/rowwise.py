@@ -7,27 +7,42 @@ import ctypes
 import torch
 from torch import Tensor
 
-_LONG, _FLOAT = ctypes.c_int64, ctypes.c_float
-_Strides = _LONG * 3
+from regraft.codegen.cpu.native.call import FLOAT, INT, LONG, POINTER, NativeCall, rows_of
 
 
 class _Norm(ctypes.Structure):
     """``Norm`` in ``rowwise.cpp``, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "bias", "total", "out")),
-        *((name, _LONG) for name in ("rows", "size", "x_stride", "residual_stride")),
-        ("eps", _FLOAT),
-        ("offset", _FLOAT),
-        ("centred", ctypes.c_int32),
+        *((name, POINTER) for name in ("x", "residual", "weight", "bias", "total", "out")),
+        *((name, LONG) for name in ("rows", "size", "x_stride", "residual_stride")),
+        ("eps", FLOAT),
+        ("offset", FLOAT),
+        ("centred", INT),
+    )
+
+
+class _Rope(ctypes.Structure):
+    """``Rope`` in ``rowwise.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "cos", "sin", "out")),
+        *((name, LONG) for name in ("batch", "heads", "length", "size", "pairs", "second")),
+        *((f"{name}_strides", LONG * 3) for name in ("x", "cos", "sin", "out")),
+    )
+
+
+class _Glu(ctypes.Structure):
+    """``Glu`` in ``rowwise.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("gate", "up", "out")),
+        *((name, LONG) for name in ("rows", "size", "gate_stride", "up_stride")),
     )
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Tell ctypes what the functions take."""
-    pointer, strides = ctypes.c_void_p, ctypes.POINTER(_LONG)
-    library.regraft_rope.argtypes = [*[pointer] * 4, *[_LONG] * 6, *[strides] * 4]
-    library.regraft_silu_glu.argtypes = [*[pointer] * 3, *[_LONG] * 4]
+    """Tell ctypes what the functions return."""
     for name in ("regraft_norm", "regraft_rope", "regraft_silu_glu"):
         getattr(library, name).restype = None
 
@@ -35,67 +50,74 @@ def declare(library: ctypes.CDLL) -> None:
 def norm(
     library: ctypes.CDLL,
     x: Tensor,
-    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     offset: float,
     centred: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``(normed(x + residual) * (weight + offset) + bias, x + residual)`` over the last dim: LayerNorm where
-    ``centred``, else RMSNorm; no sum without a residual. ``x`` and ``residual`` are ``[..., size]`` of one shape,
-    ``weight`` and ``bias`` ``[size]``."""
+) -> NativeCall:
+    """``normed(x) * (weight + offset) + bias`` over the last dim: LayerNorm where ``centred``, else RMSNorm, which in
+    fp32 is the same in all flavours. ``x`` is ``[..., size]``, ``weight`` and ``bias`` ``[size]``."""
+    out = x.new_empty(x.shape)
+    return _norm(x, None, weight, bias, None, out, (eps, offset, centred))
+
+
+def add_norm(
+    library: ctypes.CDLL,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> NativeCall:
+    """``(norm of x + residual, x + residual)``, of one shape: each row is read once."""
+    out = x.new_empty(x.shape)
+    return _norm(x, residual, weight, bias, torch.empty_like(out), out, (eps, offset, centred))
+
+
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    total: Tensor | None,
+    out: Tensor,
+    options: tuple[float, float, bool],
+) -> NativeCall:
     size = x.shape[-1]
     flat, x_stride = _rows(x, size)
     added, added_stride = (None, 0) if residual is None else _rows(residual, size)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
     tensors = (flat, added, _contiguous(weight), _contiguous(bias), total, out)
-    given = _Norm(
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        x.numel() // size if size else 0,
-        size,
-        x_stride,
-        added_stride,
-        eps,
-        offset,
-        centred,
-    )
-    library.regraft_norm(ctypes.byref(given))
-    return out, total
+    values = (x.numel() // size if size else 0, size, x_stride, added_stride, *options)
+    if total is None:
+        return NativeCall("regraft_norm", _Norm, tensors, values, out, (out,))
+    return NativeCall("regraft_norm", _Norm, tensors, values, (out, total), (out, total))
 
 
-def rope(library: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
+def rope(library: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> NativeCall:
     """Rotary embedding of paired halves. ``x`` is ``[batch, heads, length, head_dim]``; ``cos`` and ``sin`` broadcast
     to its leading dims and hold one value a pair or an entry. The result lies in memory as ``x`` does."""
     batch, heads, length, size = x.shape
     pairs = rotary_dim // 2
-    source = x if x.stride(-1) == 1 else x.contiguous()
+    source = rows_of(x)
     tables = [_table(table, batch, heads, length) for table in (cos, sin)]
-    out = torch.empty_strided(x.shape, _dense_strides(source), dtype=x.dtype)
-    library.regraft_rope(
-        source.data_ptr(),
-        *(table.data_ptr() for table in tables),
-        out.data_ptr(),
-        batch,
-        heads,
-        length,
-        size,
-        pairs,
-        pairs if cos.shape[-1] == rotary_dim else 0,
-        *(_Strides(*tensor.stride()[:3]) for tensor in (source, *tables, out)),
-    )
-    return out
+    out = x.new_empty_strided(x.shape, _dense_strides(source))
+    tensors = (source, *tables, out)
+    second = pairs if cos.shape[-1] == rotary_dim else 0
+    strides = (tensor.stride()[:3] for tensor in tensors)
+    values = (batch, heads, length, size, pairs, second, *strides)
+    return NativeCall("regraft_rope", _Rope, tensors, values, out, (out,))
 
 
-def silu_glu(library: ctypes.CDLL, gate: Tensor, up: Tensor) -> Tensor:
+def silu_glu(library: ctypes.CDLL, gate: Tensor, up: Tensor) -> NativeCall:
     """``silu(gate) * up`` of two tensors ``[..., size]`` of one shape."""
     size = gate.shape[-1]
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = gate.new_empty(gate.shape)
     (gates, gate_stride), (ups, up_stride) = _rows(gate, size), _rows(up, size)
-    rows = gate.numel() // size if size else 0
-    library.regraft_silu_glu(gates.data_ptr(), ups.data_ptr(), out.data_ptr(), rows, size, gate_stride, up_stride)
-    return out
+    values = (gate.numel() // size if size else 0, size, gate_stride, up_stride)
+    return NativeCall("regraft_silu_glu", _Glu, (gates, ups, out), values, out, (out,))
 
 
 def _rows(x: Tensor, size: int) -> tuple[Tensor, int]:
@@ -110,8 +132,7 @@ def _contiguous(table: Tensor | None) -> Tensor | None:
 
 
 def _table(table: Tensor, batch: int, heads: int, length: int) -> Tensor:
-    wide = table.expand(batch, heads, length, table.shape[-1])
-    return wide if wide.stride(-1) == 1 else wide.contiguous()
+    return rows_of(table.expand(batch, heads, length, table.shape[-1]))
 
 
 def _dense_strides(x: Tensor) -> list[int]:

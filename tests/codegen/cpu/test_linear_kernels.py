@@ -103,7 +103,7 @@ def test_operands_that_lie_in_a_wider_buffer(name: str, layout: str, operand: st
         assert_close(result, formula(given["x"], weight, None, multiplier, given["residual"], "none"))
 
 
-@pytest.mark.parametrize("name", [name for name in LINEAR_KERNELS if name.id != "convolution"])
+@pytest.mark.parametrize("name", LINEAR_KERNELS)
 def test_a_number_of_rows_that_is_not_known_before(name: str) -> None:
     weight = draw(OUT, IN, seed=1)
     for rows in (1, 9):
@@ -123,6 +123,5 @@ def test_which_kernels_can_run_a_shape() -> None:
     assert applicable(LinearShape(None, 4, 4, torch.bfloat16)) == ["plain"]
     assert applicable(LinearShape(None, 4, 4, torch.float64)) == ["plain"]
     if torch.backends.mkldnn.is_available():
-        assert "convolution" not in applicable(LinearShape(None, 4, 4, torch.float32))
-        assert "convolution" in applicable(LinearShape(8, 4, 4, torch.float32))
+        assert "onednn" in applicable(LinearShape(None, 4, 4, torch.float32))
         assert "onednn_fused" in applicable(LinearShape(8, 4, 4, torch.float32, activation="gelu_tanh"))

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regraft.codegen.cpu.native.attention import attend
-from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.native_operators import attend_native
 from regraft.ir.verify import relative_l2
 from tests.codegen.cpu.support import needs_native
 
@@ -53,9 +52,7 @@ def formula(
 def run(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None, **options: Any) -> Tensor:
     tables = [options.pop(name, None) for name in ("mask", "slopes", "sinks")]
     scale, softcap = options.pop("scale", 0.3), options.pop("softcap", 0.0)
-    return attend(
-        NATIVE.library(), query, key, value, *tables, scale, softcap, intervals, options.pop("empty_rows", "zero")
-    )
+    return attend_native(query, key, value, *tables, scale, softcap, intervals, options.pop("empty_rows", "zero"))
 
 
 def visible(intervals: Tensor, keys: int) -> Tensor:
