@@ -79,6 +79,13 @@ class Objective:
         communication = by_phase if len(set(self.communication)) > 1 else self.communication[0]
         return Objective(self.model, self.cluster, workload, communication, self.split, self.aggregate)
 
+    def on(self, workload: Workload) -> Objective:
+        """The same objective on other counts of the same scenarios and layers; slowdowns refer to what they did."""
+        same = Objective.__new__(Objective)
+        same.__dict__.update(self.__dict__)
+        same.workload = workload
+        return same
+
     def loads(self, number: int, at: int, table: Slots) -> Loads:
         """What the ranks do in layer ``at`` (by position) in each batch of a scenario."""
         shares = slot_shares(table, self.cluster, self.split, self.model.num_experts)

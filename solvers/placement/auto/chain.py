@@ -13,6 +13,7 @@ import numpy as np
 
 from regraft.solvers.placement.auto import grouping
 from regraft.solvers.placement.auto.cells import cells_of
+from regraft.solvers.placement.auto.denoise import denoised
 from regraft.solvers.placement.auto.descent import Clock
 from regraft.solvers.placement.auto.items import Array, Ints, Items, items_of, table_of
 from regraft.solvers.placement.auto.layer import LayerTask, solve_layer
@@ -131,7 +132,7 @@ def _task(
         offset = means.sum(1) - means[:, at]
     items = items_of(objective, at, plan.replicas[at])
     return LayerTask(
-        objective,
+        objective.on(denoised(objective.workload)),
         at,
         int(table.shape[1]),
         (table,),

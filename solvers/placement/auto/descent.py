@@ -110,7 +110,9 @@ def _saving(state: State) -> NDArray[np.float64] | None:
     price = state.objective.weights * state.tokens * state.bytes
     ports = state.objective.ports
     for reach, cost in ((state.nodes, ports.nodes.mean()), (state.ranks, ports.ranks.mean() / len(ports.ranks))):
-        change = None if reach is None else reach.saving(price * cost)
+        if reach is None or (reach is state.ranks and state.nodes is not None):
+            continue
+        change = reach.saving(price * cost)
         if change is not None:
             total = change if total is None else total + change
     return total

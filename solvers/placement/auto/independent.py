@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from regraft.solvers.placement.auto.denoise import denoised
 from regraft.solvers.placement.auto.descent import Clock
 from regraft.solvers.placement.auto.items import Array
 from regraft.solvers.placement.auto.layer import LayerTask, layer_objective, solve_layer
@@ -58,6 +59,7 @@ class _Maker:
     ) -> None:
         self.objective, self.slots, self.constraints, self.options = objective, slots, constraints, options
         self.keep, self.starts = keep, starts
+        self.smooth = objective.on(denoised(objective.workload))
 
     def task(
         self, at: int, offset: Array, uneven: Array | None, seconds: float | None, first: Slots | None = None
@@ -67,7 +69,7 @@ class _Maker:
         if first is not None:
             given.insert(0, first)
         return LayerTask(
-            layer_objective(self.objective, at),
+            layer_objective(self.smooth, at),
             0,
             int(self.slots[at]),
             tuple(given),
@@ -94,9 +96,9 @@ class _Maker:
         return np.array([float((1.0 / balancedness(load)).mean()) - 1.0 for load in loads])
 
     def balance(self, at: int, table: Slots) -> float:
-        """Balancedness of the layer, weighted mean over scenarios."""
+        """Balancedness of the layer without sampling noise, weighted mean over scenarios."""
         numbers = range(len(self.objective.workload.scenarios))
-        own = [balancedness(self.objective.loads(number, at, table).tokens).mean() for number in numbers]
+        own = [balancedness(self.smooth.loads(number, at, table).tokens).mean() for number in numbers]
         return float(self.objective.weights @ own)
 
     def report(self, done: int, total: int) -> None:

@@ -25,6 +25,8 @@ from regraft.solvers.placement.workload import Workload
 
 #: More tokens than any sample has.
 _ALL = 1 << 40
+#: How much more balanced than the table to keep up with: a margin for batches that were not seen.
+_MARGIN = 1.002
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Effort:
     batches: int = 16
     tokens: int = 4096
     steps: int = 120
+    #: Kicks per layer for the largest problems; smaller ones get more, up to 20 times as many.
     rounds: int = 6
     #: Integer programs per layer, over a few ranks at a time.
     programs: int = 1
@@ -85,9 +88,8 @@ def layer_objective(objective: Objective, at: int) -> Objective:
     )
     ids = (workload.layer_ids[at],)
     part = Workload(workload.num_experts, workload.top_k, ids, scenarios, workload.num_hidden_layers)
-    alone = Objective.__new__(Objective)
-    alone.__dict__.update(objective.__dict__)
-    alone.workload, alone.model = part, replace(objective.model, layer_ids=ids)
+    alone = objective.on(part)
+    alone.model = replace(objective.model, layer_ids=ids)
     return alone
 
 
@@ -112,10 +114,7 @@ def solve_layer(task: LayerTask) -> Slots:
 
 def _thinned(task: LayerTask, batches: int, tokens: int) -> LayerTask:
     """The same task on less of the trace."""
-    thin = Objective.__new__(Objective)
-    thin.__dict__.update(task.objective.__dict__)
-    thin.workload = task.objective.workload.thinned(batches, tokens)
-    return replace(task, objective=thin)
+    return replace(task, objective=task.objective.on(task.objective.workload.thinned(batches, tokens)))
 
 
 def _finished(task: LayerTask, state: State, clock: Clock) -> State:
@@ -187,7 +186,7 @@ def frame_of(task: LayerTask, items: Items, rank: Ints) -> Frame:
         fixed = np.array([task.pinned.get(int(e)) == int(r) for e, r in zip(items.expert, rank, strict=True)])
     floor = np.zeros(len(task.offset))
     if task.even_as is not None:
-        floor = _balance(task, task.even_as) * (1.0 + 2e-4)
+        floor = _balance(task, task.even_as) * _MARGIN
     return Frame(
         task.offset,
         floor,

@@ -14,6 +14,7 @@ from regraft.solvers.placement.auto.chain import improve_chain
 from regraft.solvers.placement.auto.descent import Clock
 from regraft.solvers.placement.auto.independent import improve_layers
 from regraft.solvers.placement.auto.items import items_of, ranks_of, table_of
+from regraft.solvers.placement.auto.layer import Effort
 from regraft.solvers.placement.auto.options import Options
 from regraft.solvers.placement.auto.packing import level, pack_items
 from regraft.solvers.placement.auto.restrained import improve_within_moves
@@ -170,12 +171,20 @@ def _improved(
     executor: Executor | None,
 ) -> Plan:
     best, reference, candidates = plans
+    options = replace(options, effort=_enough(options.effort, slots, objective.cluster.num_ranks))
     keep = reference if options.keep_balance and _balance_counts(objective) else None
     if constraints.max_moves is not None:
         return improve_within_moves(objective, constraints, options, best, clock)
     if objective.chained:
         return improve_chain(objective, slots, constraints, options, (best, keep, candidates), clock, executor)
     return improve_layers(objective, slots, constraints, options, (best, keep, candidates), clock, executor)
+
+
+def _enough(effort: Effort, slots: SlotCounts, ranks: int) -> Effort:
+    """More kicks where there are fewer slots in all: every problem gets about as many evaluations of swaps."""
+    largest = 16_000
+    more = int(np.clip(largest / max(int(slots.sum()) * ranks, 1), 1, 20))
+    return replace(effort, rounds=effort.rounds * more)
 
 
 def _balance_counts(objective: Objective) -> bool:

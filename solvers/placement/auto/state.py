@@ -15,8 +15,8 @@ from regraft.solvers.placement.objective import Objective
 _MEAN_PORT = 0.1
 #: Weight of token balance where the layer's time does not depend on it (all ranks read the same weights).
 _BALANCE = 0.02
-#: Under "min-max", weight of the worst scenario's unevenness (largest over mean rank load, less one) beside its slowdown.
-#: Plans of near equal slowdown differ much in balance, and counts alone say little of traffic: prefer the even ones.
+#: Under "min-max", weight of the worst scenario's unevenness (largest over mean rank load, less one) beside its
+#: slowdown. Plans of near equal slowdown differ much in balance, and counts alone say little of traffic.
 WORST_BALANCE = 1.0
 #: Most ranks for which exact tables by rank are kept; beyond, copies into a rank are taken for messages.
 _RANK_TABLES = 72
@@ -26,11 +26,14 @@ _RANK_TABLES = 72
 class Frame:
     """What the search of one layer is given besides its items.
 
-    ``offset`` ``[scenarios]``: seconds of the other layers, for a joined objective; ``uneven`` ``[scenarios]`` and
-    ``part``: under "min-max", mean unevenness of all layers without this one, and what part of the mean this one is;
-    ``floor`` ``[scenarios]``: the balancedness not to fall below, 0 for none; ``pull`` ``[scenarios, items, ranks]``: seconds that an item costs on a
-    rank by its neighbours in other layers; ``fixed`` items do not move; ``domain`` ``[ranks]``: items swap only between
-    ranks of one domain (a node, where router groups are kept whole) and ``kin`` ``[items]``: only with their like.
+    - ``offset`` ``[scenarios]``: seconds of the other layers, for a joined objective;
+    - ``floor`` ``[scenarios]``: the balancedness not to fall below, 0 for none;
+    - ``pull`` ``[scenarios, items, ranks]``: seconds that an item costs on a rank by its neighbours in other layers;
+    - ``fixed`` items do not move;
+    - ``domain`` ``[ranks]``: items swap only between ranks of one domain (a node, where router groups are kept whole);
+    - ``kin`` ``[items]``: items swap only with their like;
+    - ``uneven`` ``[scenarios]`` and ``part``, under "min-max": the mean unevenness of all layers without this one, and
+      what part of the mean this one is.
     """
 
     offset: Array
@@ -153,7 +156,8 @@ class State:
         uneven = mean @ (largest / self.mean_load[:, None]) - 1.0
         scale = self.frame.scale
         if self.frame.uneven is not None:
-            return joined + WORST_BALANCE * (self.frame.uneven[:, None] + self.frame.part * uneven).max(0)
+            joined += WORST_BALANCE * (self.frame.uneven[:, None] + self.frame.part * uneven).max(0)
+            return joined
         joined = joined + scale * _BALANCE * (objective.weights @ uneven)
         if self.frame.floor.any():
             even = mean @ (self.mean_load[:, None] / largest)
@@ -190,11 +194,16 @@ class State:
             own = np.maximum(at_first * ports.ranks[here], at_second * ports.ranks[there])
             costs = self.ranks.parts * ports.ranks
             busiest = np.maximum(busiest, np.maximum(_others_largest(costs, here, there), own))
+            if self.nodes is not None:
+                return self._seconds_of(busiest, mean)
             change = (at_first - self.ranks.parts[:, here]) * ports.ranks[here]
             change += (at_second - self.ranks.parts[:, there]) * ports.ranks[there]
             mean = mean + (costs.sum(1)[:, None] + np.where(here == there, 0.0, change)) / len(ports.ranks)
-        scale = (self.tokens * self.bytes)[:, None]
-        return scale * (busiest + _MEAN_PORT * mean) + self.objective.latency
+        return self._seconds_of(busiest, mean)
+
+    def _seconds_of(self, busiest: Array | float, mean: Array | float) -> Array:
+        seconds: Array = (self.tokens * self.bytes)[:, None] * (busiest + _MEAN_PORT * mean) + self.objective.latency
+        return seconds
 
     def _reaches(self) -> tuple[Reach | None, Reach | None]:
         objective, cluster = self.objective, self.objective.cluster
