@@ -2,7 +2,7 @@
 
 Counts of a batch scatter around its true shares as tokens are drawn (Poisson). Fitted to a few batches, a plan levels
 that noise, which no other batch has. So each batch is drawn towards the mean of its scenario by the part of the
-variance that noise explains (James and Stein 1961, one factor a layer).
+variance that noise explains (James and Stein 1961, one factor a layer), and further where there are few batches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from regraft.solvers.placement.workload import Scenario, Workload
 Array = NDArray[np.float64]
 #: Part of the scatter that is always kept: how much ranks scatter depends a little on who lies together.
 _LEAST = 0.35
+#: Number of batches at which half of what noise does not explain is believed to come again.
+_FEW = 32
 
 
 def denoised(workload: Workload) -> Workload:
@@ -31,7 +33,8 @@ def _denoised(scenario: Scenario) -> Scenario:
     total = counts.sum(2, keepdims=True)
     share = counts.sum(0, keepdims=True) / np.maximum(total.sum(0, keepdims=True), 1e-12)
     expected = total * share
-    kept = np.maximum(np.sqrt(systematic_part(counts, expected)), _LEAST)
+    trusted = len(counts) / (len(counts) + _FEW)
+    kept = np.maximum(np.sqrt(systematic_part(counts, expected)) * trusted, _LEAST)
     return replace(scenario, counts=expected + kept[None, :, None] * (counts - expected))
 
 
