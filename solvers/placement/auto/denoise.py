@@ -16,7 +16,7 @@ from regraft.solvers.placement.workload import Scenario, Workload
 
 Array = NDArray[np.float64]
 #: Part of the scatter that is always kept: how much ranks scatter depends a little on who lies together.
-_LEAST = 0.35
+_LEAST = 0.25
 #: Number of batches at which half of what noise does not explain is believed to come again.
 _FEW = 32
 

@@ -22,7 +22,7 @@ from regraft.solvers.placement.exports.files import (
     whole_rows,
     write_text,
 )
-from regraft.solvers.placement.plan import Plan
+from regraft.solvers.placement.plan import Plan, Slots
 
 FORMS = ("41141", "49572", "34811")
 
@@ -78,7 +78,7 @@ def _ranks_of_experts(plan: Plan) -> list[int]:
     return [int(rank) for rank in ranks]
 
 
-def _rows_of_ranks(ranks: Any, num_ranks: int, layers: int, name: str) -> np.ndarray:  # type: ignore[type-arg]
+def _rows_of_ranks(ranks: Any, num_ranks: int, layers: int, name: str) -> Slots:
     of_expert = whole_rows([ranks], name)[0]
     if (np.bincount(of_expert, minlength=num_ranks) * num_ranks != len(of_expert)).any():
         raise PlacementError(
@@ -88,7 +88,7 @@ def _rows_of_ranks(ranks: Any, num_ranks: int, layers: int, name: str) -> np.nda
     return np.tile(row, (layers, 1))
 
 
-def _rows_of_mapping(found: dict[str, Any], name: str) -> np.ndarray:  # type: ignore[type-arg]
+def _rows_of_mapping(found: dict[str, Any], name: str) -> Slots:
     if found.get("version") != 1:
         raise PlacementError(f"{name!r} is of version {found.get('version')}; expected 1")
     assigned = found.get("initial_global_assignments")
