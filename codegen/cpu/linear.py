@@ -10,10 +10,13 @@ from torch import fx
 from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands
 from regraft.codegen.cpu.tuning import Tuner
+from regraft.ir.memory import give_back
 from regraft.ir.nodes import arguments, dtype, rank, shape
 from regraft.ir.ops.activation import activate
 
 aten = torch.ops.aten
+
+_WORTH_GIVING_BACK = 1 << 20  # numbers of a weight
 
 
 def lower_linear(context: Context, node: fx.Node, tuner: Tuner) -> Lowered:
@@ -47,7 +50,11 @@ def lower_linear(context: Context, node: fx.Node, tuner: Tuner) -> Lowered:
         rows=rows,
         hint=weight.name,
     )
-    return Lowered(flat=KERNELS[tuner.choose(form, tensor)](context, operands), fresh=True)
+    made = KERNELS[tuner.choose(form, tensor)](context, operands)
+    if tensor.numel() >= _WORTH_GIVING_BACK:
+        del tensor, operands  # a derived weight is a copy
+        give_back()
+    return Lowered(flat=made, fresh=True)
 
 
 def _packable(context: Context, node: fx.Node, x: fx.Node, weight: fx.Node) -> bool:

@@ -20,12 +20,15 @@ from torch import Tensor, fx
 from regraft.codegen.cpu.attention_native import AttentionShape
 from regraft.codegen.cpu.context import Emitter
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
+from regraft.ir.memory import give_back
 
-_SECONDS_PER_SHAPE = 0.2
+_SECONDS_PER_SHAPE = 0.1
 _LARGER_THAN_CACHES = 64 << 20  # bytes
 _NEIGHBOUR, _NEIGHBOUR_ROWS = 512, 64  # features and rows of the product that is run beside each kernel
 _UNKNOWN_ROWS = 256  # where their number is symbolic
 _MOST_ROWS = 768  # more rows take longer, and tell nothing else
+_MOST_NUMBERS = 1 << 20  # of a weight or of results, for the same reason
+_FEWEST_COLUMNS = 1024  # of a weight
 _NOT_IN_VAIN = 1.3  # a kernel that takes this much longer than the best is not measured again
 _TRIED = 1e-3  # seconds of measuring before that is known
 _NO_EPILOGUE: dict[str, Any] = {
@@ -124,7 +127,9 @@ class Tuner:
     def _measure_linear(self, shape: LinearShape, weight: Tensor) -> tuple[str, dict[str, float]]:
         names = applicable(shape)
         seconds: dict[str, float] = {}
-        shape = replace(shape, rows=min(shape.rows or _UNKNOWN_ROWS, _MOST_ROWS))
+        rows = min(shape.rows or _UNKNOWN_ROWS, _MOST_ROWS)
+        weight = weight[: max(_MOST_NUMBERS // max(shape.in_features, rows, 1), _FEWEST_COLUMNS)]
+        shape = replace(shape, rows=rows, out_features=weight.shape[0])
         if len(names) > 1:
             given = _activations(shape)
             candidates = {name: _compiled(name, shape, weight, given) for name in names}
@@ -135,6 +140,7 @@ class Tuner:
             seconds = _interleaved(dict(runs), lambda: self._as_in_a_model(given), _neighbour(shape), rehearsals)
             for run in runs.values():
                 run.release()
+            give_back()
         return _best(seconds), seconds
 
     def _measure_attention(self, runs: Mapping[str, Callable[[], Any]]) -> tuple[str, dict[str, float]]:

@@ -48,8 +48,8 @@ class OperatorRow:
 
 @dataclass(frozen=True)
 class PassDrift:
-    """Relative L2 change that the applications of one pass made on probe inputs; ``measured`` on how many of them, those
-    that only repeat the computation of another not counted.
+    """Relative L2 change that the applications of one pass made on probe inputs; ``measured`` counts those where it was
+    computed, and not taken from another application that is the same computation.
 
     ``aggregated`` is the root of the sum of squares: what independent changes add up to.
     """

@@ -5,7 +5,7 @@
 // sees, by their intervals or because a padding mask ends before them, are never touched.
 #include <cstdlib>
 
-#include "vector.h"
+#include "product.h"
 
 constexpr int64_t QUERY_BLOCK = 48, KEY_BLOCK = 512;
 constexpr int64_t SCORE_STRIDE = KEY_BLOCK + LANES;  // no power of two: rows would share their places in the cache

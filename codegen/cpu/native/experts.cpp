@@ -4,7 +4,7 @@
 // by expert; a task is one panel of one expert, so that each weight is read once, by one thread.
 #include <cstdlib>
 
-#include "vector.h"
+#include "product.h"
 
 constexpr int64_t ROW_BLOCK = 96;  // rows whose results of one panel stay in the second cache
 

@@ -28,8 +28,8 @@ from regraft.ir.device import cache_folder
 
 _LOG = logging.getLogger("regraft")
 _FOLDER = Path(__file__).parent
-_SOURCES = ("attention.cpp", "rowwise.cpp", "experts.cpp", "linear.cpp", "tape.cpp")
-_HEADERS = ("vector.h",)
+_SOURCES = ("product.cpp", "attention.cpp", "rowwise.cpp", "experts.cpp", "linear.cpp", "tape.cpp")
+_HEADERS = ("vector.h", "product.h")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 _COMPILERS = ("g++", "clang++", "c++")
 _RUNTIMES = re.compile(r"/lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*$")

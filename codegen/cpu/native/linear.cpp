@@ -3,7 +3,7 @@
 // Made for few rows (short prompts, decoding), where a product is as fast as its weight arrives.
 #include <cstdlib>
 
-#include "vector.h"
+#include "product.h"
 
 constexpr int64_t ROW_BLOCK = 48;  // rows whose results of one panel stay in the first cache
 enum Activation { NONE, RELU, SIGMOID, TANH, SILU, GELU, GELU_TANH, QUICK_GELU, RELU_SQUARED };

@@ -1,5 +1,5 @@
-// Vectors of the machine's width, and the small matrix product that all kernels here are built on.
-// GCC and Clang compile vector types to whatever the machine has; no intrinsics are needed.
+// Vectors of the machine's width, and functions of them. GCC and Clang compile vector types to whatever the machine
+// has; no intrinsics are needed.
 #pragma once
 
 #include <cmath>
@@ -16,8 +16,6 @@ constexpr int LANES = 4, TILE_VECTORS = 4;
 // TILE_ROWS * TILE_VECTORS accumulators, TILE_VECTORS operands and one broadcast fill the vector registers.
 constexpr int TILE_ROWS = 6;
 constexpr int PANEL = LANES * TILE_VECTORS;  // columns of a packed panel
-constexpr int64_t EARLY = 32;                // rows ahead that are prefetched
-constexpr int64_t DEPTH_BLOCK = 512;         // rows of a panel that stay in the second cache
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -106,80 +104,4 @@ INLINE vec tanh_of(vec x) {
     vec t = x * x, size = x < splat(0.0f) ? -x : x;
     vec near = x + x * t * (splat(-1.0f / 3) + t * (splat(2.0f / 15) + t * splat(-17.0f / 315)));
     return size < splat(0.2f) ? near : (x == x ? far : x);
-}
-
-// What is needed after a product: asked for while it runs, `each` lines of LANES numbers for each row of b.
-struct Later {
-    const float *from = nullptr;
-    int64_t each = 0, lines = 0;
-};
-
-// out[R, vectors * LANES] = (add ? out : bias or 0) + a[R, depth] @ b[depth, ...]; rows of each are a stride apart. The
-// rows of b that come next are asked for early: a weight comes from memory, where the processor's own guess is late.
-template <int R, int V>
-INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, float *out,
-                 int64_t out_stride, bool add, const float *bias, Later later) {
-    vec total[R][V];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++)
-            total[r][v] = add ? load(out + r * out_stride + v * LANES) : bias ? load(bias + v * LANES) : vec{};
-    for (int64_t d = 0; d < depth; d++) {
-        vec row[V];
-        for (int v = 0; v < V; v++) {
-            row[v] = load(b + d * b_stride + v * LANES);
-            __builtin_prefetch(b + (d + EARLY) * b_stride + v * LANES);
-        }
-        for (int64_t l = 0; l < later.each; l++) __builtin_prefetch(later.from + (d * later.each + l) * LANES, 0, 2);
-        for (int r = 0; r < R; r++) {
-            vec x = splat(a[r * a_stride + d]);
-            for (int v = 0; v < V; v++) total[r][v] += x * row[v];
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) store(out + r * out_stride + v * LANES, total[r][v]);
-}
-
-template <int V>
-static void tile_of_width(int rows, const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth,
-                          float *out, int64_t out_stride, bool add, const float *bias, Later later) {
-    switch (rows) {
-    case 2 * TILE_ROWS:
-        if constexpr (2 * V <= TILE_VECTORS) return tile<2 * TILE_ROWS, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-        break;
-    case 1: return tile<1, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-    case 2: return tile<2, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-    case 3: return tile<3, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-    case 4: return tile<4, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-    case 5: return tile<5, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-    default: return tile<6, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-    }
-}
-
-// The same for any number of rows and up to PANEL columns, a multiple of LANES. `floats` numbers at `after` are needed
-// next.
-INLINE void product(int64_t rows, int64_t columns, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
-                    int64_t depth, float *out, int64_t out_stride, bool add, const float *bias = nullptr,
-                    const float *after = nullptr, int64_t floats = 0) {
-    Later later{after, ceil_div(floats, LANES * larger(rows / TILE_ROWS, (int64_t)1) * depth), floats / LANES};
-    if (later.each > TILE_VECTORS) later.each = TILE_VECTORS;
-    for (int64_t d = 0; d < depth; d += DEPTH_BLOCK, add = true) {
-        int64_t length = smaller(DEPTH_BLOCK, depth - d);
-        int height;
-        for (int64_t r = 0; r < rows; r += height) {
-            height = (int)smaller((int64_t)TILE_ROWS, rows - r);
-            if (2 * columns <= PANEL && rows - r >= 2 * TILE_ROWS) height = 2 * TILE_ROWS;
-            const float *left = a + r * a_stride + d, *right = b + d * b_stride;
-            float *to = out + r * out_stride;
-            switch (columns / LANES) {
-            case 1: tile_of_width<1>(height, left, a_stride, right, b_stride, length, to, out_stride, add, bias, later); break;
-            case 2: tile_of_width<2>(height, left, a_stride, right, b_stride, length, to, out_stride, add, bias, later); break;
-#if defined(__AVX512F__) || !defined(__AVX__)
-            case 3: tile_of_width<3>(height, left, a_stride, right, b_stride, length, to, out_stride, add, bias, later); break;
-            case 4: tile_of_width<4>(height, left, a_stride, right, b_stride, length, to, out_stride, add, bias, later); break;
-#endif
-            }
-            later.from += length * later.each * LANES, later.lines -= length * later.each;
-            if (later.lines <= 0) later.each = 0;
-        }
-    }
 }

@@ -18,7 +18,7 @@ def test_what_is_needed_at_the_same_time_does_not_overlap(sizes: list[tuple[int,
     ]
     total = _lay_out(buffers)
     for place, one in enumerate(buffers):
-        assert 0 <= one.offset and one.offset + one.size <= total and one.offset % 64 == 0
+        assert one.offset >= 0 and one.offset + one.size <= total and one.offset % 64 == 0
         for other in buffers[:place]:
             together = one.first <= other.last and other.first <= one.last
             apart = one.offset + one.size <= other.offset or other.offset + other.size <= one.offset
