@@ -70,7 +70,8 @@ def planted_trace(
     """Draw a trace with ``groups`` hidden groups of ``parts`` parts in each layer.
 
     A choice falls outside the token's group with a chance that ``1 - focus`` weighs; in the next layer the token's
-    topic follows its group with chance ``affinity`` and is drawn anew otherwise. Within a part, popularity falls with
+    topic follows its group with chance ``affinity`` and is exchanged with another token's otherwise, so that every
+    batch has every topic equally often. Within a part, popularity falls with
     rank as a power law of exponent ``skew``. Raises ``PlacementError`` for sizes that do not divide.
     """
     if experts % (groups * parts) or experts // groups < top_k:
@@ -153,8 +154,9 @@ def _batch(
     topic = generator.permutation(np.arange(tokens) % groups)
     for layer in range(layers):
         if layer:
-            stays = generator.random(tokens) < affinity
-            topic = np.where(stays, follows[layer - 1][topic], generator.integers(0, groups, tokens))
+            topic = follows[layer - 1][topic]
+            leaves = np.flatnonzero(generator.random(tokens) >= affinity)
+            topic[leaves] = topic[generator.permutation(leaves)]
         inside = group_of_place[None, :] == topic[:, None]
         weight = popularity * np.where(inside, 1.0, max(1.0 - focus, 0.0) / max(groups - 1, 1))
         with np.errstate(divide="ignore"):

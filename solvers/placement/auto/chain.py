@@ -15,6 +15,7 @@ from regraft.solvers.placement.auto import grouping
 from regraft.solvers.placement.auto.cells import cells_of
 from regraft.solvers.placement.auto.denoise import denoised
 from regraft.solvers.placement.auto.descent import Clock
+from regraft.solvers.placement.auto.independent import BALANCE_WORTH
 from regraft.solvers.placement.auto.items import Array, Ints, Items, items_of, table_of
 from regraft.solvers.placement.auto.layer import LayerTask, solve_layer
 from regraft.solvers.placement.auto.options import Options
@@ -57,7 +58,7 @@ def improve_chain(
 
 
 def _choose(objective: Objective, plans: list[Plan], keep: Plan | None, start_value: float) -> Plan:
-    """The cheapest that is as balanced as ``keep``; the cheapest of all where none such is as cheap as the starts."""
+    """The cheapest that is as balanced as ``keep``; the cheapest of all where that costs too much."""
     cheapest = min(plans, key=objective.value)
     if keep is None:
         return cheapest
@@ -65,7 +66,8 @@ def _choose(objective: Objective, plans: list[Plan], keep: Plan | None, start_va
     even = [p for p in plans if float(objective.weights @ plan_balancedness(p, objective).mean(1)) >= least]
     if even:
         chosen = min(even, key=objective.value)
-        if objective.value(chosen) <= start_value * (1.0 + 1e-12):
+        most = min(start_value, objective.value(cheapest) * (1.0 + BALANCE_WORTH))
+        if objective.value(chosen) <= most * (1.0 + 1e-12):
             return chosen
     return cheapest
 

@@ -26,6 +26,8 @@ from regraft.solvers.placement.slots import SlotCounts
 
 #: Most times that every layer is looked at again with what the others then cost.
 _SWEEPS = 4
+#: Part of the objective that being as balanced as EPLB may cost.
+BALANCE_WORTH = 0.01
 
 
 def improve_layers(
@@ -144,8 +146,8 @@ def _each_alone(maker: _Maker, best: Plan, clock: Clock, executor: Executor | No
 
 
 def _choose(maker: _Maker, at: int, tables: list[Slots]) -> Slots:
-    """The cheapest table that is as balanced as the one to keep up with; the cheapest of all where none such is as
-    cheap as every start.
+    """The cheapest table that is as balanced as the one to keep up with; the cheapest of all where balance would cost
+    too much, or more than a start costs.
     """
     tables = [*tables, *(plan.slots[at] for plan in maker.starts.values())]
     costs = [float(maker.objective.joined(maker.seconds(at, table))) for table in tables]
@@ -155,7 +157,7 @@ def _choose(maker: _Maker, at: int, tables: list[Slots]) -> Slots:
     even = [maker.balance(at, table) >= least for table in tables]
     among = [cost if fine else np.inf for cost, fine in zip(costs, even, strict=True)]
     start_costs = costs[-len(maker.starts) :]
-    if min(among) <= min(start_costs) * (1.0 + 1e-12):
+    if min(among) <= min(min(start_costs), min(costs) * (1.0 + BALANCE_WORTH)) * (1.0 + 1e-12):
         return tables[int(np.argmin(among))]
     return tables[int(np.argmin(costs))]
 

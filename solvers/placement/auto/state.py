@@ -15,6 +15,8 @@ from regraft.solvers.placement.objective import Objective
 _MEAN_PORT = 0.1
 #: Weight of token balance where the layer's time does not depend on it (all ranks read the same weights).
 _BALANCE = 0.02
+#: Weight of falling below the balancedness to keep up with.
+_FLOOR = 2.0
 #: Under "min-max", weight of the worst scenario's unevenness (largest over mean rank load, less one) beside its
 #: slowdown. Plans of near equal slowdown differ much in balance, and counts alone say little of traffic.
 WORST_BALANCE = 1.0
@@ -161,7 +163,7 @@ class State:
         joined = joined + scale * _BALANCE * (objective.weights @ uneven)
         if self.frame.floor.any():
             even = mean @ (self.mean_load[:, None] / largest)
-            joined = joined + 10.0 * scale * np.maximum(self.frame.floor[:, None] - even, 0.0).sum(0)
+            joined = joined + _FLOOR * scale * np.maximum(self.frame.floor[:, None] - even, 0.0).sum(0)
         return joined
 
     def _pull(self, first: Ints, second: Ints) -> Array | float:
