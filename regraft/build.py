@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from regraft.aliasing import separate_outputs
 from regraft.guard import SymbolicGuard, leaf_order
 from regraft.ir.driver import Session
-from regraft.ir.memory import give_back
+from regraft.ir.memory import give_back, no_cycle_search
 from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.verify import Checked, relative_l2
@@ -213,7 +213,8 @@ def _build(
     toolchain: Toolchain,
     reference: Callable[[], Any],
 ) -> Build:
-    phases = dict(toolchain.pipeline(target).run(program, session))
+    with no_cycle_search():
+        phases = dict(toolchain.pipeline(target).run(program, session))
     separate_outputs(program, before)
     expected, seconds = None, 0.0
     if session.verify != "off":  # before weights are packed: a run of the model needs room of its own

@@ -23,6 +23,7 @@ from regraft.gate import CAPTURE, gate_of
 from regraft.guard import UnsupportedInput, describe, describe_call, flatten_call, key_of
 from regraft.ir.capture import capture
 from regraft.ir.capture_error import first_line
+from regraft.ir.memory import no_cycle_search
 from regraft.stand_in import StandIn
 from regraft.watch import WeightWatch
 
@@ -243,7 +244,8 @@ class CompiledModule(StandIn):
         self, model: nn.Module, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
     ) -> Entry | str:
         started = time.perf_counter()
-        program = capture(self._source, args, kwargs, dynamic)
+        with no_cycle_search():
+            program = capture(self._source, args, kwargs, dynamic)
         captured = {id(tensor): tensor for tensor in program.weights.originals.values()}
         seconds = time.perf_counter() - started
         try:
