@@ -48,9 +48,12 @@ class Copies:
 
 
 def token_copy(token: Ints, expert: NDArray[np.integer], count: NDArray[np.integer]) -> Ints:
-    """Which of ``count`` copies a token uses under ``even``: multiplicative hashing of token number and expert."""
-    mixed = (token * 2654435761 + expert.astype(np.int64) * 2246822519) & 0xFFFFFFFF
-    mixed = (mixed ^ (mixed >> 15)) * 2654435761 & 0xFFFFFFFF
+    """Which of ``count`` copies a token uses under ``even``: multiplicative hashing of token number and expert.
+
+    Fits signed 64-bit integers, so that any runtime can do the same.
+    """
+    mixed = (token % (1 << 30) * 2654435761 + expert.astype(np.int64) * 2246822519) & 0xFFFFFFFF
+    mixed = (mixed ^ (mixed >> 15)) * 73244475 & 0xFFFFFFFF
     copy: Ints = (mixed >> 12) % np.maximum(count, 1)
     return copy
 
