@@ -2,8 +2,9 @@
 
     python -m bench.cpu_peers [--rows minilm-1x32 …] [--peers …] [--rounds 15] [--threads 2] [--json PATH]
 
-Times come from calls made in turn in this process. Cold compile seconds and the memory of regraft's compile
-come from a fresh process each, with empty compiler caches.
+Times come from calls made in turn in this process. Cold compile seconds and memory come from a fresh process each,
+with empty compiler caches. Memory is also given without what a compiler's own code takes, and beside that of one call
+of the original model, which every compile that compares outputs makes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from bench.timing import time_in_turn, write_record
 
 COLD = ("torch.compile", "torch.compile max", "onnxruntime", "openvino", "regraft")
 """Peers whose compile seconds are measured in a fresh process; eager has none."""
+LOADED = ("eager", "regraft")
+"""Those whose memory is also measured with their code loaded before."""
+
+
+MEMORY = ("peak_over_weights", "loaded_peak_over_weights", "eager_peak_over_weights")
+"""Keys of a row's record: highest memory as a multiple of the weights."""
 
 
 def measure_row(row: str, peers: list[str], rounds: int, threads: int, cold: bool) -> dict[str, Any]:
@@ -45,6 +52,8 @@ def measure_row(row: str, peers: list[str], rounds: int, threads: int, cold: boo
             entry = {"reason": built[name].reason}
         if cold and name in COLD and name in times:
             entry["cold"] = cold_build(row, name, threads)
+        if cold and name in LOADED and name in times:
+            entry["loaded"] = cold_build(row, name, threads, "--loaded")
         record["peers"][name] = entry
     return record | summarize(record["peers"])
 
@@ -68,15 +77,18 @@ def summarize(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
         summary["compile_ratio"] = own_cold["seconds"] / peer_cold["seconds"]
     if "peak_over_weights" in own_cold:
         summary["peak_over_weights"] = own_cold["peak_over_weights"]
+    for name, key in (("regraft", "loaded_peak_over_weights"), ("eager", "eager_peak_over_weights")):
+        if "peak_over_weights" in entries.get(name, {}).get("loaded", {}):
+            summary[key] = entries[name]["loaded"]["peak_over_weights"]
     return summary
 
 
-def cold_build(row: str, peer: str, threads: int) -> dict[str, Any]:
+def cold_build(row: str, peer: str, threads: int, *more: str) -> dict[str, Any]:
     """Build one peer in a fresh process with empty caches; return its seconds and its peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "REGRAFT_CACHE_DIR": folder}
         environment = dict(os.environ, **caches, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
-        command = [sys.executable, "-m", "bench.cold", row, peer, "--threads", str(threads)]
+        command = [sys.executable, "-m", "bench.cold", row, peer, "--threads", str(threads), *more]
         root = Path(__file__).parent.parent
         done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     try:
@@ -108,7 +120,7 @@ def show(records: list[dict[str, Any]], peers: list[str], console: Console) -> N
         build_table.add_column(peer, justify="right")
     for heading in ("best peer", "best / regraft", "torch.compile / regraft"):
         speed.add_column(heading, justify="right")
-    for heading in ("regraft / torch.compile", "peak memory / weights"):
+    for heading in ("regraft / torch.compile", "peak memory / weights", "code aside", "one eager call"):
         build_table.add_column(heading, justify="right")
     for record in records:
         entries = record["peers"]
@@ -123,7 +135,7 @@ def show(records: list[dict[str, Any]], peers: list[str], console: Console) -> N
             record["row"],
             *(_number(entries[peer].get("cold", {}).get("seconds")) for peer in peers if peer in COLD),
             _number(record.get("compile_ratio")),
-            _number(record.get("peak_over_weights")),
+            *(_number(record.get(key)) for key in MEMORY),
         )
     console.print(speed)
     if any("cold" in entry for record in records for entry in record["peers"].values()):
