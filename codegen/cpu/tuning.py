@@ -40,6 +40,7 @@ _NO_EPILOGUE: dict[str, Any] = {
 _SMALL = 64  # features of the product that brings a kernel's code into the caches
 _WORTH_A_COPY = 0.97  # a packed weight must be this much faster than the plain one to be worth its memory
 _WORTH_A_CALL = 0.97  # and another library's kernel this much faster than ours, which joins its neighbours in one call
+_WORTH_VIEWS = 0.9  # attention of another library takes views of its operands and its result besides
 _CALL = 2e-5  # seconds that such a call costs: Python's, and the neighbours' that it parts
 
 Shape = LinearShape | AttentionShape
@@ -148,15 +149,16 @@ class Tuner:
         for run in runs.values():
             run()
         seconds = _interleaved(runs)
-        return _best(seconds), seconds
+        return _best(seconds, _WORTH_VIEWS), seconds
 
 
-def _best(seconds: Mapping[str, float]) -> str:
+def _best(seconds: Mapping[str, float], worth: float = _WORTH_A_CALL) -> str:
+    """The fastest kernel, unless another costs less around it and is as fast but for a share of ``1 - worth``."""
     best = min(seconds, key=lambda name: seconds[name]) if seconds else "plain"
     if seconds.get("plain", math.inf) <= seconds.get(best, 0.0) / _WORTH_A_COPY:
         return "plain"
     own = seconds.get("native", math.inf)
-    return "native" if own - _CALL <= seconds.get(best, 0.0) / _WORTH_A_CALL else best
+    return "native" if own - _CALL <= seconds.get(best, 0.0) / worth else best
 
 
 def _names(shape: Shape) -> Sequence[str]:
@@ -232,7 +234,7 @@ def _interleaved(
     alone = float("inf")
     deadline = time.perf_counter() + _SECONDS_PER_SHAPE
     rounds = 0
-    while rounds < 2 or (rounds < 30 and time.perf_counter() < deadline):
+    while rounds < 3 or (rounds < 30 and time.perf_counter() < deadline):
         least = min(best.values(), default=0.0)
         for name, run in runs.items():
             if rounds * least > _TRIED and best[name] > _NOT_IN_VAIN * least:

@@ -48,6 +48,16 @@ def test_plain_is_kept_where_a_copy_of_the_weight_wins_next_to_nothing(
     assert Tuner().choose(SHAPE, WEIGHT) == chosen
 
 
+@pytest.mark.parametrize(("native", "chosen"), [(1.02, "native"), (1.1, "onednn"), (0.5, "native")])
+def test_ours_joins_its_neighbours_where_it_is_as_fast(
+    monkeypatch: pytest.MonkeyPatch, native: float, chosen: str
+) -> None:
+    if not {"native", "onednn"} <= set(applicable(SHAPE)):
+        pytest.skip("there are not both kernels on this machine")
+    measuring(monkeypatch, {"plain": 9.0, "onednn": 1.0, "native": native})
+    assert Tuner().choose(SHAPE, WEIGHT) == chosen
+
+
 def lines(record: TuningRecord) -> bytes:
     """A record as an artifact carries it."""
     return json.dumps(record.to_json()).encode()
