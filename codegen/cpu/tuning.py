@@ -26,9 +26,9 @@ _SECONDS_PER_SHAPE = 0.1
 _LARGER_THAN_CACHES = 64 << 20  # bytes
 _NEIGHBOUR, _NEIGHBOUR_ROWS = 512, 64  # features and rows of the product that is run beside each kernel
 _UNKNOWN_ROWS = 256  # where their number is symbolic
-_MOST_ROWS = 768  # more rows take longer, and tell nothing else
-_MOST_NUMBERS = 1 << 20  # of a weight or of results, for the same reason
-_FEWEST_COLUMNS = 1024  # of a weight
+_MOST_PRODUCTS = 1 << 28  # of numbers, in a layer that is measured: more take longer, and tell nothing else
+_ENOUGH_ROWS, _ENOUGH_COLUMNS = 192, 1024  # are measured whatever that makes
+_MOST_NUMBERS = 1 << 20  # of a weight or of results
 _NOT_IN_VAIN = 1.3  # a kernel that takes this much longer than the best is not measured again
 _TRIED = 1e-3  # seconds of measuring before that is known
 _NO_EPILOGUE: dict[str, Any] = {
@@ -128,8 +128,9 @@ class Tuner:
     def _measure_linear(self, shape: LinearShape, weight: Tensor) -> tuple[str, dict[str, float]]:
         names = applicable(shape)
         seconds: dict[str, float] = {}
-        rows = min(shape.rows or _UNKNOWN_ROWS, _MOST_ROWS)
-        weight = weight[: max(_MOST_NUMBERS // max(shape.in_features, rows, 1), _FEWEST_COLUMNS)]
+        rows = max(_MOST_PRODUCTS // max(shape.in_features * shape.out_features, 1), _ENOUGH_ROWS)
+        rows = min(shape.rows or _UNKNOWN_ROWS, rows)
+        weight = weight[: max(_MOST_NUMBERS // max(shape.in_features, rows, 1), _ENOUGH_COLUMNS)]
         shape = replace(shape, rows=rows, out_features=weight.shape[0])
         if len(names) > 1:
             given = _activations(shape)

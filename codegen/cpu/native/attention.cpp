@@ -3,8 +3,6 @@
 // Keys are packed into panels of transposed columns, so that a block of queries meets them as a matrix product; values
 // are packed into rows of whole vectors. Each task is one block of queries of one head. Keys that none of its queries
 // sees, by their intervals or because a padding mask ends before them, are never touched.
-#include <cstdlib>
-
 #include "product.h"
 
 constexpr int64_t QUERY_BLOCK = 48, KEY_BLOCK = 512;
@@ -56,7 +54,7 @@ static void finish_scores(const Site &s, float *row, const float *mask, float sl
     for (int64_t j = high; j < columns; j++) row[j] = -INFINITY;
     float scale = s.scale;
     if (s.softcap != 0) {
-        for (int64_t j = low; j < high; j++) row[j] = s.softcap * tanhf(row[j] * scale / s.softcap);
+        for (int64_t j = low; j < high; j++) row[j] = s.softcap * __builtin_tanhf(row[j] * scale / s.softcap);
         scale = 1;
     }
     if (mask && s.mask_strides[3] == 0)
@@ -75,11 +73,11 @@ static float weigh(float *row, int64_t columns, float &maximum, float factor, fl
     vec top = splat(-INFINITY), total = vec{};
     for (int64_t j = 0; j < columns; j += LANES) top = larger(load(row + j), top);
     float before = maximum;
-    maximum = fmaxf(before, largest(top) * factor);
+    maximum = __builtin_fmaxf(before, largest(top) * factor);
     rescale = 1;
     if (maximum == -INFINITY) {
         // No key so far; NaN must not be lost with the others.
-        for (int64_t j = 0; j < columns; j++) row[j] = std::isnan(row[j]) ? row[j] : 0;
+        for (int64_t j = 0; j < columns; j++) row[j] = row[j] != row[j] ? row[j] : 0;
         for (int64_t j = 0; j < columns; j += LANES) total += load(row + j);
         return sum(total);
     }
@@ -90,7 +88,7 @@ static float weigh(float *row, int64_t columns, float &maximum, float factor, fl
         store(row + j, weight);
         total += weight;
     }
-    if (before != maximum) rescale = before == -INFINITY ? 0 : exp2f((before - maximum) * LOG2_E);
+    if (before != maximum) rescale = before == -INFINITY ? 0 : __builtin_exp2f((before - maximum) * LOG2_E);
     return sum(total);
 }
 
@@ -192,7 +190,7 @@ extern "C" void regraft_attention(const Site *given) {
                 pack_values(s, value, first, packed + padded * s.head_dim, width);
             }
         size_t floats = QUERY_BLOCK * (SCORE_STRIDE + width + 2);
-        float *scratch = (float *)aligned_alloc(64, round_up(floats * sizeof(float), 64));
+        float *scratch = (float *)memalign(64, floats * sizeof(float));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < s.batch * s.heads * blocks; task++) {
             int64_t b = task / (s.heads * blocks), h = task / blocks % s.heads;

@@ -2,8 +2,6 @@
 //
 // Weights are packed into panels, [experts, panels, in, PANEL], gate and up apart. Pairs of token and expert are sorted
 // by expert; a task is one panel of one expert, so that each weight is read once, by one thread.
-#include <cstdlib>
-
 #include "product.h"
 
 constexpr int64_t ROW_BLOCK = 96;  // rows whose results of one panel stay in the second cache
@@ -87,7 +85,7 @@ extern "C" void regraft_experts(const Experts *given) {
         for (int64_t p = 0; p < pairs; p++)
             if (place[p] >= 0)
                 memcpy(rows + place[p] * s.in, s.hidden + p / s.top_k * s.hidden_stride, s.in * sizeof(float));
-        float *scratch = (float *)aligned_alloc(64, ROW_BLOCK * PANEL * sizeof(float));
+        float *scratch = (float *)memalign(64, ROW_BLOCK * PANEL * sizeof(float));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < s.experts * inner_panels; task++) {
             int64_t e = task / inner_panels, first = ends[e], count = ends[e + 1] - first;

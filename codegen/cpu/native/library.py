@@ -189,10 +189,16 @@ def _build(compiler: Path, runtime: Path, path: Path) -> None:
         linked.replace(path)
 
 
+def _aside() -> list[str]:
+    """Lets a command give way: the capture goes on meanwhile, and does not wait for it yet."""
+    nice = shutil.which("nice")
+    return [] if nice is None else [nice, "-n", "4"]
+
+
 def _run(command: list[str]) -> None:
     name = Path(command[0]).name
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run([*_aside(), *command], capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{name} could not be run ({type(error).__name__})") from error
     if done.returncode:

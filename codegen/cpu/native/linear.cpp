@@ -1,8 +1,6 @@
 // A linear layer on a weight packed into panels, with its epilogue: bias, activation, product, sum.
 //
 // Made for few rows (short prompts, decoding), where a product is as fast as its weight arrives.
-#include <cstdlib>
-
 #include "product.h"
 
 constexpr int64_t ROW_BLOCK = 48;  // rows whose results of one panel stay in the first cache
@@ -69,7 +67,7 @@ extern "C" void regraft_linear(const Linear *given) {
     if (s.bias) memcpy(last, s.bias + (panels - 1) * PANEL, (s.columns - (panels - 1) * PANEL) * sizeof(float));
 #pragma omp parallel
     {
-        float *scratch = (float *)aligned_alloc(64, ROW_BLOCK * PANEL * sizeof(float));
+        float *scratch = (float *)memalign(64, ROW_BLOCK * PANEL * sizeof(float));
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int64_t task = share(panels * blocks, thread, threads), end = share(panels * blocks, thread + 1, threads);
         const float *next = s.next ? s.next + share(s.next_panels, thread, threads) * s.next_panel : nullptr;

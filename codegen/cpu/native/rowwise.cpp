@@ -50,7 +50,7 @@ static void norm_row(const Norm &s, int64_t row) {
         square = sum(squares);
         for (int64_t i = whole; i < s.size; i++) square += (from[i] - mean) * (from[i] - mean);
     }
-    float inverse = 1 / sqrtf(square / (float)s.size + s.eps);
+    float inverse = 1 / __builtin_sqrtf(square / (float)s.size + s.eps);
     for (int64_t i = 0; i < s.size; i += LANES) {
         vec value = (part(from, i) - splat(mean)) * splat(inverse);
         if (s.weight) value *= part(s.weight, i) + splat(s.offset);

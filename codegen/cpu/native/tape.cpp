@@ -1,7 +1,7 @@
 // A sequence of kernel calls made in one go. Structures hold everything but addresses, which are those of the memory
 // that this run was given plus an offset.
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+#include <string.h>
 
 struct Step {
     void (*kernel)(const void *);

@@ -2,9 +2,13 @@
 // has; no intrinsics are needed.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+// The C++ headers of these take longer to read than most kernels to compile.
+#include <malloc.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, TILE_VECTORS = 4;
