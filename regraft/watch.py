@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from operator import attrgetter
+from collections.abc import Callable, Iterable
+from operator import attrgetter, itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 _version = attrgetter("_version")
 _address = Tensor.data_ptr
+#: Attributes of every module that are compared by what they hold, or that play no part in a forward.
+_BOOKS = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers", "_modules"}
 #: An integer type of the same size, in which equal bits are equal numbers, NaN included.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,9 +33,13 @@ class WeightWatch:
         self._attributes = [part.__dict__ for part in parts]
         self._attributes += _configurations(self._attributes)
         self._holders = [held for part in parts for held in (part._parameters, part._buffers) if held]
-        self._inner = [held for part in parts for held in (part._modules, part._forward_hooks, part._forward_pre_hooks)]
+        inner = [held for part in parts for held in (part._modules, part._forward_hooks, part._forward_pre_hooks)]
+        self._inner, self._empty = [held for held in inner if held], [held for held in inner if not held]
         self._known_attributes = [dict(held) for held in self._attributes]
         self._known_inner = [dict(held) for held in self._inner]
+        self._lengths = list(map(len, self._attributes))
+        self._read = [_reader(held) for held in self._attributes]
+        self._known_values = self._values()
         self._known = [dict(held) for held in self._holders]
         held = [value for values in self._known for value in values.values() if value is not None]
         self._single = [
@@ -54,11 +60,11 @@ class WeightWatch:
 
     def changed(self) -> str:
         """Empty while nothing changed, else what did."""
-        if _differ(self._inner, self._known_inner):
+        if any(self._empty) or _differ(self._inner, self._known_inner):
             return "a part of the model or a hook was added, replaced or removed"
         if self._replaced():
             return "a parameter or buffer was replaced or removed"
-        if _differ(self._attributes, self._known_attributes):
+        if self._attribute_changed():
             return f"the model's attribute {self._which()} was changed"
         if list(map(_version, self._versioned)) != self._versions:
             return "a weight was changed in place"
@@ -73,12 +79,29 @@ class WeightWatch:
         element has no truth value, which raises, and single ones are looked at here."""
         return _differ(self._holders, self._known) or not all(h[name] is value for h, name, value in self._single)
 
+    def _attribute_changed(self) -> bool:
+        if list(map(len, self._attributes)) != self._lengths:
+            return True
+        try:
+            return _differ(self._values(), self._known_values)
+        except KeyError:  # one was removed, and another one added
+            return True
+
+    def _values(self) -> list[Any]:
+        return [read(held) for read, held in zip(self._read, self._attributes, strict=True)]
+
     def _which(self) -> str:
         for now, before in zip(self._attributes, self._known_attributes, strict=True):
             for name in now.keys() | before.keys():
                 if name not in now or name not in before or _differ(now[name], before[name]):
                     return repr(name)
         return "(unknown)"
+
+
+def _reader(attributes: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
+    """Reads the attributes that can change what a forward computes: most of a module's are PyTorch's own books."""
+    names = [name for name in attributes if name not in _BOOKS]
+    return itemgetter(*names) if names else lambda held: None
 
 
 def _differ(left: Any, right: Any) -> bool:

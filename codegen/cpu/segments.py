@@ -1,7 +1,8 @@
 """Runs of native calls in a lowered graph, made as one: what lies between two of them (views, Python) then costs
 nothing.
 
-A segment is recorded for the sizes and strides of its inputs when they are first seen. What cannot be recorded (a
+A segment is recorded for the sizes and strides of its inputs: for the first that it sees, and for others when they come
+a second time, because recording takes longer than a run that is never repeated. What is not or cannot be recorded (a
 layout that a kernel has to copy first) runs call by call.
 """
 
@@ -20,7 +21,9 @@ from regraft.codegen.cpu.native.tape import Recorder, Tape, Unrecordable
 from regraft.codegen.cpu.native_operators import DESCRIPTIONS
 from regraft.ir.nodes import is_view
 
-_MOST_TAPES = 16
+_MOST_TAPES = 64
+_MOST_SEEN = 256
+_NEW = object()
 _WORTH_IT = 2  # calls
 
 Value = Any
@@ -29,7 +32,7 @@ Value = Any
 class Segment:
     """A piece of a lowered graph: a function of its inputs that returns a tuple of its outputs.
 
-    ``graph`` has placeholders for the inputs, then for ``constants``; ``inputs`` says how many the former are.
+    ``graph`` has placeholders for the inputs, then for ``constants``.
     """
 
     def __init__(self, graph: fx.Graph, constants: Sequence[Value]) -> None:
@@ -39,17 +42,27 @@ class Segment:
         self._graph = graph
         self._one_by_one: Callable[..., tuple[Value, ...]] | None = None
         self._tapes: dict[Any, Tape | None] = {}
+        self._seen: dict[Any, None] = {}
 
     def __call__(self, *inputs: Tensor | None) -> Sequence[Value]:
         key = tuple(None if x is None else (x.shape, x.stride(), x.storage_offset()) for x in inputs)
-        if key not in self._tapes:
-            if len(self._tapes) >= _MOST_TAPES:
-                self._tapes.clear()
-            self._tapes[key] = self._recorded(inputs)
-        tape = self._tapes[key]
+        tape: Any = self._tapes.get(key, _NEW)
+        if tape is _NEW:
+            tape = self._new(key, inputs)
         if tape is None:
             return self._run_one_by_one(inputs)
-        return tape.run([x for x in inputs if x is not None])
+        return tape.run([x for x in inputs if x is not None])  # type: ignore[no-any-return]
+
+    def _new(self, key: Any, inputs: Sequence[Tensor | None]) -> Tape | None:
+        if self._tapes and key not in self._seen:
+            if len(self._seen) >= _MOST_SEEN:
+                self._seen.clear()
+            self._seen[key] = None
+            return None
+        if len(self._tapes) >= _MOST_TAPES:
+            self._tapes.clear()
+        tape = self._tapes[key] = self._recorded(inputs)
+        return tape
 
     def _run_one_by_one(self, inputs: Sequence[Tensor | None]) -> Sequence[Value]:
         if self._one_by_one is None:

@@ -72,7 +72,8 @@ class _Result:
 
 @dataclass(frozen=True, eq=False)
 class Tape:
-    """Steps over ``bases``: the workspace, the tensors that are made for results, then the inputs."""
+    """Steps over ``bases``: the workspace, the tensors that are made for results, then the inputs. ``kept`` are the
+    tensors whose addresses the structures hold."""
 
     library: ctypes.CDLL
     steps: ctypes.Array[_Step]
@@ -81,7 +82,7 @@ class Tape:
     workspace: int
     made: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     results: tuple[_Result, ...]
-    kept: tuple[Any, ...]
+    kept: list[Tensor]
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Make the calls; ``inputs`` are tensors of the sizes and strides that were recorded."""
@@ -153,7 +154,7 @@ class Recorder:
                 _Result(bases[_storage(tensor)], tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
                 for tensor in results
             ),
-            tuple(call.tensors for call in self.calls),
+            [t for call in self.calls for t in call.tensors if t is not None and not t.is_meta],
         )
 
     def _written(self, bases: dict[int, int]) -> tuple[list[_Step], bytes, list[_Address]]:
