@@ -15,10 +15,21 @@ static void for_each(int64_t count, int64_t elements, Work work) {
     for (int64_t i = 0; i < count; i++) work(i);
 }
 
+// Where the rows of an operand lie: up to three dims, of which `middle` and `inner` are the sizes of the last two.
+struct Rows {
+    int64_t middle, inner, strides[3];
+
+    int64_t place(int64_t row) const {
+        if (middle == 1 && inner == 1) return row * strides[0];
+        return row / (middle * inner) * strides[0] + row / inner % middle * strides[1] + row % inner * strides[2];
+    }
+};
+
 struct Norm {
     const float *x, *residual, *weight, *bias;  // [rows, size] twice, [size] twice; null for none but x
     float *total, *out;                         // x + residual, where there is one; the result
-    int64_t rows, size, x_stride, residual_stride;
+    int64_t rows, size;
+    Rows x_rows, residual_rows;
     float eps, offset;
     int32_t centred;
 };
@@ -26,7 +37,8 @@ struct Norm {
 // RMSNorm: x / sqrt(mean(x^2) + eps) * (weight + offset) + bias; LayerNorm takes the mean from x first. With a residual
 // it is x + residual that is normalised.
 static void norm_row(const Norm &s, int64_t row) {
-    const float *x = s.x + row * s.x_stride, *residual = s.residual ? s.residual + row * s.residual_stride : nullptr;
+    const float *x = s.x + s.x_rows.place(row);
+    const float *residual = s.residual ? s.residual + s.residual_rows.place(row) : nullptr;
     float *total = s.residual ? s.total + row * s.size : nullptr, *out = s.out + row * s.size;
     int64_t whole = s.size / LANES * LANES, rest = s.size - whole;
     auto part = [&](const float *from, int64_t i) { return i < whole ? load(from + i) : load_part(from + i, rest); };
@@ -107,14 +119,15 @@ extern "C" void regraft_rope(const Rope *given) {
 struct Glu {
     const float *gate, *up;  // [rows, size]
     float *out;              // silu(gate) * up
-    int64_t rows, size, gate_stride, up_stride;
+    int64_t rows, size;
+    Rows gate_rows, up_rows;
 };
 
 extern "C" void regraft_silu_glu(const Glu *given) {
     const Glu &s = *given;
     int64_t whole = s.size / LANES * LANES, rest = s.size - whole;
     for_each(s.rows, s.rows * s.size, [&](int64_t r) {
-        const float *gate = s.gate + r * s.gate_stride, *up = s.up + r * s.up_stride;
+        const float *gate = s.gate + s.gate_rows.place(r), *up = s.up + s.up_rows.place(r);
         float *to = s.out + r * s.size;
         for (int64_t i = 0; i < whole; i += LANES) store(to + i, silu(load(gate + i)) * load(up + i));
         if (rest) store_part(to + whole, silu(load_part(gate + whole, rest)) * load_part(up + whole, rest), rest);

@@ -10,12 +10,19 @@ from torch import Tensor
 from regraft.codegen.cpu.native.call import FLOAT, INT, LONG, POINTER, NativeCall, rows_of
 
 
+class _Rows(ctypes.Structure):
+    """``Rows`` in ``rowwise.cpp``, field by field."""
+
+    _fields_ = (("middle", LONG), ("inner", LONG), ("strides", LONG * 3))
+
+
 class _Norm(ctypes.Structure):
     """``Norm`` in ``rowwise.cpp``, field by field."""
 
     _fields_ = (
         *((name, POINTER) for name in ("x", "residual", "weight", "bias", "total", "out")),
-        *((name, LONG) for name in ("rows", "size", "x_stride", "residual_stride")),
+        *((name, LONG) for name in ("rows", "size")),
+        *((name, _Rows) for name in ("x_rows", "residual_rows")),
         ("eps", FLOAT),
         ("offset", FLOAT),
         ("centred", INT),
@@ -37,7 +44,8 @@ class _Glu(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("gate", "up", "out")),
-        *((name, LONG) for name in ("rows", "size", "gate_stride", "up_stride")),
+        *((name, LONG) for name in ("rows", "size")),
+        *((name, _Rows) for name in ("gate_rows", "up_rows")),
     )
 
 
@@ -87,10 +95,10 @@ def _norm(
     options: tuple[float, float, bool],
 ) -> NativeCall:
     size = x.shape[-1]
-    flat, x_stride = _rows(x, size)
-    added, added_stride = (None, 0) if residual is None else _rows(residual, size)
-    tensors = (flat, added, _contiguous(weight), _contiguous(bias), total, out)
-    values = (x.numel() // size if size else 0, size, x_stride, added_stride, *options)
+    source, x_rows = _rows(x)
+    added, added_rows = (None, _ONE_ROW) if residual is None else _rows(residual)
+    tensors = (source, added, _contiguous(weight), _contiguous(bias), total, out)
+    values = (x.numel() // size if size else 0, size, x_rows, added_rows, *options)
     if total is None:
         return NativeCall("regraft_norm", _Norm, tensors, values, out, (out,))
     return NativeCall("regraft_norm", _Norm, tensors, values, (out, total), (out, total))
@@ -115,16 +123,28 @@ def silu_glu(library: ctypes.CDLL, gate: Tensor, up: Tensor) -> NativeCall:
     """``silu(gate) * up`` of two tensors ``[..., size]`` of one shape."""
     size = gate.shape[-1]
     out = gate.new_empty(gate.shape)
-    (gates, gate_stride), (ups, up_stride) = _rows(gate, size), _rows(up, size)
-    values = (gate.numel() // size if size else 0, size, gate_stride, up_stride)
+    (gates, gate_rows), (ups, up_rows) = _rows(gate), _rows(up)
+    values = (gate.numel() // size if size else 0, size, gate_rows, up_rows)
     return NativeCall("regraft_silu_glu", _Glu, (gates, ups, out), values, out, (out,))
 
 
-def _rows(x: Tensor, size: int) -> tuple[Tensor, int]:
-    """``x`` as rows of ``size`` at one stride; copied where it is not."""
-    if x.dim() == 2 and x.stride(1) == 1:
-        return x, x.stride(0)
-    return (x if x.is_contiguous() else x.contiguous()), size
+_ONE_ROW = (1, 1, (0, 0, 0))
+
+
+def _rows(x: Tensor) -> tuple[Tensor, tuple[int, int, tuple[int, ...]]]:
+    """``x`` as the rows of its last dim, and where they lie as ``Rows`` has it; copied where three dims cannot say."""
+    dims: list[list[int]] = []  # size and stride of the leading dims, neighbours that lie on as one
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = [dims[-1][0] * size, stride]
+        elif size != 1:
+            dims.append([size, stride])
+    if len(dims) > 3 or (x.stride(-1) != 1 and x.shape[-1] != 1):
+        return x.contiguous(), (1, 1, (x.shape[-1], 0, 0))
+    if len(dims) < 2:
+        return x, (1, 1, (dims[0][1] if dims else 0, 0, 0))
+    (_, first), (middle, second), (inner, third) = dims if len(dims) == 3 else ([1, 0], *dims)
+    return x, (middle, inner, (first, second, third))
 
 
 def _contiguous(table: Tensor | None) -> Tensor | None:

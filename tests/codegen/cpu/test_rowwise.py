@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from regraft.codegen.cpu.rowwise import (
@@ -52,8 +54,8 @@ def test_native_gates_of_any_size_and_stride(size: int) -> None:
 @needs_native
 def test_native_gates_at_the_ends_of_the_number_line() -> None:
     gate = torch.tensor([[0.0, -100.0, 100.0, -3e38, 3e38, float("nan"), float("inf"), -float("inf")]])
-    given = silu_glu_native(gate, torch.ones_like(gate))
-    torch.testing.assert_close(given, torch.nn.functional.silu(gate), equal_nan=True)
+    result = silu_glu_native(gate, torch.ones_like(gate))
+    torch.testing.assert_close(result, torch.nn.functional.silu(gate), equal_nan=True)
 
 
 def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str) -> Tensor:
@@ -136,3 +138,32 @@ def test_native_rope_of_many_sizes_with_a_table_a_batch(pairs: int) -> None:
     given = rope_native(x, cos, sin, 2 * pairs)
     assert relative_l2(given, rope_half(x, cos, sin, 2 * pairs)) <= 1e-6
     assert given.stride() == x.stride()
+
+
+@needs_native
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 20)),
+    order=st.permutations([0, 1, 2]),
+    margin=st.integers(0, 5),
+    step=st.integers(1, 2),
+)
+def test_native_norms_and_gates_of_rows_that_lie_anywhere(
+    sizes: tuple[int, int, int, int], order: list[int], margin: int, step: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    *leading, size = sizes
+    wide = torch.randn(*(step * n for n in leading), size + margin, generator=generator)
+    x = wide[::step, ::step, ::step, margin:].permute(*order, 3)
+    y = torch.randn(x.shape, generator=generator)
+    exact = x.double()
+    away = exact - exact.mean(-1, keepdim=True)
+    wanted = away / (away.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(norm_native(x, None, None, 1e-5, 0.0, True), wanted.float(), rtol=1e-4, atol=1e-5)
+    normed, total = add_norm_native(y, x, None, None, 1e-5, 0.0, False)
+    summed = exact + y.double()
+    torch.testing.assert_close(total, summed.float())
+    root = (summed.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(normed, (summed / root).float(), rtol=1e-4, atol=1e-5)
+    gated = exact * torch.sigmoid(exact) * y.double()
+    torch.testing.assert_close(silu_glu_native(x, y), gated.float(), rtol=1e-4, atol=1e-5)
