@@ -1,0 +1,9 @@
+"""What is wrong with a permutation of experts."""
+
+from __future__ import annotations
+
+from regraft.ir.errors import RegraftError
+
+
+class PermutationError(RegraftError, ValueError):
+    """A plan that is no permutation of a model's experts, or one that the model's router does not allow."""
