@@ -1,0 +1,1 @@
+"""Checkpoints on disk: safetensors files read and written piece by piece, never a model in memory."""
