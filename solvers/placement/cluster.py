@@ -234,7 +234,14 @@ def read_cluster(path: Path | str) -> Cluster:
         facts = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PlacementError(f"cluster file {path.name!r} cannot be read: {error}; expected TOML") from error
-    return cluster_of(facts)
+    try:
+        return cluster_of(facts)
+    except PlacementError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise PlacementError(
+            f"cluster file {path.name!r} has a value of the wrong kind: {error}; expected numbers and lists of numbers"
+        ) from error
 
 
 def cluster_of(facts: Mapping[str, Any]) -> Cluster:

@@ -51,6 +51,7 @@ class Metrics:
     balancedness: float
     worst_balancedness: float
     cross_node_copies: float
+    destination_ranks: float
     layer_p50: float
     layer_p95: float
     layer_p99: float
@@ -100,6 +101,7 @@ def evaluate(plan: Plan, objective: Objective, current: Plan | None = None) -> M
         float(weights @ [row.balancedness for row in rows]),
         min(row.balancedness for row in rows),
         float(weights @ [row.cross_node_copies for row in rows]),
+        float(weights @ [row.destination_ranks for row in rows]),
         float(weights @ [row.layer_p50 for row in rows]),
         float(weights @ [row.layer_p95 for row in rows]),
         float(weights @ [row.layer_p99 for row in rows]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
@@ -51,17 +52,20 @@ def solve(
     constraints: Constraints | None = None,
     options: Options | None = None,
     executor: Executor | None = None,
+    starts: Mapping[str, Plan] | None = None,
 ) -> Solution:
     """Plan with ``slots`` per rank in each layer (``uniform_slots`` or ``budgeted_slots``).
 
-    With an ``executor`` layers that do not depend on each other are solved in parallel. Raises ``PlacementError`` where
-    no plan can satisfy the constraints; a time limit of 0 still gives the best of the baselines.
+    ``starts`` are more baselines by name, with these slots (MoETuner's, or a plan from elsewhere): the result is not
+    worse than those of them that satisfy the constraints. With an ``executor`` layers that do not depend on each other
+    are solved in parallel. Raises ``PlacementError`` where no plan can satisfy the constraints; a time limit of 0 still
+    gives the best of the baselines.
     """
     constraints, options = constraints or Constraints(), options or Options()
     started, clock = time.monotonic(), Clock.after(options.time_limit)
     _check(objective, slots, constraints)
     below = bound(objective, slots)
-    raw = quick_baselines(objective, slots)
+    raw = {**quick_baselines(objective, slots), **_fitting(objective, slots, starts or {})}
     values = {name: objective.value(plan) for name, plan in raw.items()}
     candidates = _valid_starts(objective, slots, constraints, raw)
     reference = candidates.get("eplb-hierarchical" if "eplb" not in candidates else "eplb")
@@ -78,6 +82,18 @@ def solve(
     named = replace(best, method="auto", model_name=objective.model.name)
     gap = (value - below) / value if value > 0 else 0.0
     return Solution(named, value, below, gap, stop, time.monotonic() - started, values, _notes(constraints, reference))
+
+
+def _fitting(objective: Objective, slots: SlotCounts, starts: Mapping[str, Plan]) -> dict[str, Plan]:
+    """The plans that were given, checked. Raises ``PlacementError`` for one of another model, cluster or slots."""
+    for name, plan in starts.items():
+        objective.check_plan(plan)
+        if plan.slots_per_rank != tuple(int(size) for size in slots):
+            raise PlacementError(
+                f"plan {name!r} has {plan.slots_per_rank[0]} slots per rank and was given to start from; "
+                f"expected {int(slots[0])}, as many as are planned for"
+            )
+    return dict(starts)
 
 
 def values_close(value: float, below: float) -> bool:

@@ -40,7 +40,9 @@ def read_counts_json(path: Path | str) -> Trace:
             str(recorded.get("model", "")),
             {domain: _joint(pairs, layers) for domain, pairs in joint.items() if len(layers) > 1},
         )
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except PlacementError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OSError) as error:
         raise PlacementError(
             f"{path.name!r} holds no recorded counts: {error!r}; expected num_experts, top_k, layers_recorded and "
             "expert_counts"

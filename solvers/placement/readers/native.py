@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,14 @@ def write_trace(trace: Trace, path: Path | str) -> None:
 def read_trace(path: Path | str) -> Trace:
     """Read a trace that ``write_trace`` wrote. Raises ``PlacementError`` for anything else."""
     path = Path(path)
+    archive = _is_archive(path)
     try:
-        if path.suffix == ".npz":
+        if archive:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
         else:
             arrays = load_file(path)
-    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         raise PlacementError(f"trace file {path.name!r} cannot be read: {error}") from error
     return _unpack(arrays, path.name)
 
@@ -58,7 +60,7 @@ def read_trace(path: Path | str) -> Trace:
 def stream_trace(path: Path | str, batches: int = 64) -> Iterator[Trace]:
     """An ``.npz`` trace in pieces of ``batches`` batches; only one piece is in memory. Errors as ``read_trace``."""
     path = Path(path)
-    if path.suffix != ".npz":
+    if not _is_archive(path):
         yield from read_trace(path).chunks(batches)
         return
     try:
@@ -66,10 +68,19 @@ def stream_trace(path: Path | str, batches: int = 64) -> Iterator[Trace]:
             count = len(json.loads(bytes(file["header"]))["batches"])
             for start in range(0, count, batches):
                 yield _unpack(file, path.name, range(start, min(start + batches, count)))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, PlacementError):
             raise
         raise PlacementError(f"trace file {path.name!r} cannot be read: {error}") from error
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether the file is an ``.npz``, by its first bytes, whatever its name. Raises ``PlacementError``."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise PlacementError(f"trace file {path.name!r} cannot be read: {error.strerror or error}") from error
 
 
 def _pack(trace: Trace) -> Arrays:

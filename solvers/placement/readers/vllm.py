@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regraft.solvers.placement.errors import PlacementError
 from regraft.solvers.placement.trace import Batch, Trace, whole_counts
@@ -32,8 +33,8 @@ def read_vllm(path: Path | str, top_k: int, layer_ids: Sequence[int] | None = No
                 f"{path.name!r}, line {number} is of record_type {kind!r}; expected {_STATISTICS} with expert_load "
                 "and p2l_map"
             )
-        load = whole_counts(np.asarray(line["expert_load"]), f"{path.name!r}, line {number}")
-        slots = np.asarray(line["p2l_map"])
+        load = whole_counts(_table(line["expert_load"], path.name, number), f"{path.name!r}, line {number}")
+        slots = _table(line["p2l_map"], path.name, number)
         if load.ndim != 2 or load.shape != slots.shape:
             raise PlacementError(
                 f"{path.name!r}, line {number} has loads {load.shape} and a map {slots.shape}; expected [layers, slots]"
@@ -49,11 +50,19 @@ def read_vllm(path: Path | str, top_k: int, layer_ids: Sequence[int] | None = No
     return Trace(experts, top_k, tuple(layer_ids) if layer_ids is not None else tuple(range(layers)), tuple(batches))
 
 
+def _table(rows: Any, name: str, number: int) -> NDArray[Any]:
+    try:
+        return np.asarray(rows)
+    except ValueError as error:
+        raise PlacementError(f"{name!r}, line {number} has rows of unequal length; expected [layers, slots]") from error
+
+
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, text in enumerate(file, 1):
                 if text.strip():
-                    yield number, json.loads(text)
+                    line = json.loads(text)
+                    yield number, line if isinstance(line, dict) else {}
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PlacementError(f"{path.name!r} cannot be read as JSON lines: {error}") from error
