@@ -14,6 +14,7 @@ import typer
 from regraft.cli.bisect import bisect
 from regraft.cli.explain import explain
 from regraft.cli.optimize import optimize
+from regraft.cli.permute import permute
 from regraft.cli.profile import profile
 from regraft.cli.run import run as run_artifact
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 refused or out of tolerance, 2 wrong usage.",
 )
 
-for command in (optimize, run_artifact, explain, profile, bisect):
+for command in (optimize, run_artifact, explain, profile, bisect, permute):
     app.command(command.__name__)(command)
 
 
