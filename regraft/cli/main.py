@@ -15,6 +15,7 @@ from regraft.cli.bisect import bisect
 from regraft.cli.explain import explain
 from regraft.cli.optimize import optimize
 from regraft.cli.permute import permute
+from regraft.cli.place import place
 from regraft.cli.profile import profile
 from regraft.cli.run import run as run_artifact
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 refused or out of tolerance, 2 wrong usage.",
 )
 
-for command in (optimize, run_artifact, explain, profile, bisect, permute):
+for command in (optimize, run_artifact, explain, profile, bisect, place, permute):
     app.command(command.__name__)(command)
 
 
