@@ -17,6 +17,7 @@ from regraft.cli.optimize import optimize
 from regraft.cli.permute import permute
 from regraft.cli.place import place
 from regraft.cli.profile import profile
+from regraft.cli.record import record
 from regraft.cli.run import run as run_artifact
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 refused or out of tolerance, 2 wrong usage.",
 )
 
-for command in (optimize, run_artifact, explain, profile, bisect, place, permute):
+for command in (optimize, run_artifact, explain, profile, bisect, place, permute, record):
     app.command(command.__name__)(command)
 
 
