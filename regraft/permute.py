@@ -131,7 +131,8 @@ def check_groups(config: dict[str, Any], orders: dict[int, Permutation]) -> None
 
 def _model(folder: Path, config: dict[str, Any]) -> MoeModel:
     try:
-        return MoeModel.from_config(config)
+        facts = {"top_k": 1, **config.get("text_config", config)}  # how many experts a token uses is of no matter here
+        return MoeModel.from_config(facts)
     except (PlacementError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"the config of {folder} does not describe routed experts: {error}") from error
 

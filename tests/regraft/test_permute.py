@@ -70,6 +70,24 @@ def test_a_plan_that_crosses_router_groups_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_moving_the_experts_alone_would_be_seen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the equalities above are worth: without the router's rows the outputs differ."""
+    tiny(kind).save_pretrained(tmp_path / "in")
+    before = logits(loaded(tmp_path / "in"))
+    monkeypatch.setattr("regraft.checkpoint.experts._router", lambda *given: [])
+    permute_checkpoint(tmp_path / "in", random_plan(kind, 3), tmp_path / "out")
+    assert relative(logits(loaded(tmp_path / "out")), before) > 1e-2
+
+
+def test_crossing_router_groups_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("deepseek_v3").save_pretrained(tmp_path / "in")
+    before = logits(loaded(tmp_path / "in"))
+    monkeypatch.setattr("regraft.permute.check_groups", lambda config, orders: None)
+    permute_checkpoint(tmp_path / "in", random_plan("deepseek_v3", 0, groups=1), tmp_path / "out")
+    assert relative(logits(loaded(tmp_path / "out")), before) > 1e-2
+
+
 # -- a hand-written checkpoint --
 
 

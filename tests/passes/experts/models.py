@@ -26,10 +26,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 8, "v_head_dim": 8,
     },
+    "gpt_oss": {"num_local_experts": 5, "num_hidden_layers": 2, "sliding_window": 8},
+    "ernie4_5_moe": {
+        "moe_num_experts": 6, "moe_k": 2, "num_hidden_layers": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1,
+    },
 }  # fmt: skip
-EXPERTS = {"mixtral": 4, "qwen3_moe": 6, "olmoe": 8, "deepseek_v3": 12}
+EXPERTS = {"mixtral": 4, "qwen3_moe": 6, "olmoe": 8, "deepseek_v3": 12, "gpt_oss": 5, "ernie4_5_moe": 6}
 GROUPS = {"deepseek_v3": 3}
-LAYERS = {"mixtral": (0, 1), "qwen3_moe": (0, 1, 2), "olmoe": (0, 1), "deepseek_v3": (1, 2)}
+LAYERS = {
+    "mixtral": (0, 1), "qwen3_moe": (0, 1, 2), "olmoe": (0, 1), "deepseek_v3": (1, 2), "gpt_oss": (0, 1),
+    "ernie4_5_moe": (1,),
+}  # fmt: skip
 IDS = torch.arange(1, 25).view(2, 12)
 
 
@@ -90,7 +97,7 @@ def random_order(experts: int, seed: int, groups: int = 1) -> tuple[int, ...]:
             return tuple(int(expert) for expert in blocks.reshape(-1))
 
 
-def random_plan(kind: str, seed: int, ranks: int = 2, groups: int | None = None) -> Plan:
+def random_plan(kind: str, seed: int, ranks: int = 1, groups: int | None = None) -> Plan:
     """A plan without replicas for every expert layer of a family; ``groups`` 1 crosses router groups."""
     kept = GROUPS.get(kind, 1) if groups is None else groups
     experts, layers = EXPERTS[kind], LAYERS[kind]
