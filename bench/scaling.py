@@ -1,8 +1,8 @@
 """``python -m bench.scaling``: how compiling grows with depth, and what it holds in memory.
 
 For a plain decoder and for Hugging Face's llama (eager attention), of width 64, at several depths: seconds of
-capture, passes (with every rewrite checked, and with none checked), lowering and the final comparison. A row's ratio
-is the deepest model over the shallowest. Memory is measured in a fresh process, on a model with more than 200 MB of
+capture, passes (with every rewrite checked, and with none checked), lowering and the final comparison, medians of
+three compiles. A row's ratio is the deepest model over the shallowest. Memory is measured in a fresh process, on a model with more than 200 MB of
 weights: the highest resident memory during the compile, the model itself included, as a multiple of its weights.
 Targets: a ratio of at most 12 for ten times the layers, 20 s for 100 layers, 2.2 times the weights.
 Exit status 1 when one is missed.
@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import logging
+import statistics
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from bench.models import Prefill
 from bench.timing import write_record
 
 DEPTHS = (10, 30, 100)
+COMPILES = 3
 LARGEST_RATIO, LARGEST_SECONDS, LARGEST_MEMORY = 12.0, 20.0, 2.2
 
 
@@ -61,6 +63,12 @@ def llama(layers: int) -> nn.Module:
 MODELS: dict[str, Callable[[int], nn.Module]] = {"plain": plain_decoder, "llama": llama}
 
 
+def typical_phases(model: nn.Module, verify: str) -> dict[str, float]:
+    """Medians of a few compiles, phase by phase: a single short one is at the mercy of the machine's other work."""
+    runs = [phases(model, verify) for _ in range(COMPILES)]
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
 def phases(model: nn.Module, verify: str) -> dict[str, float]:
     """Seconds of one compile by phase: capture, passes, lowering, verification, and total."""
     import regraft
@@ -83,7 +91,7 @@ def measure(models: list[str], depths: list[int]) -> list[dict[str, Any]]:
     """One row a model, depth and kind of check."""
     phases(plain_decoder(1), "each")  # what is imported and set up once is no cost of depth
     return [
-        {"model": name, "layers": depth, "verify": verify, **phases(MODELS[name](depth), verify)}
+        {"model": name, "layers": depth, "verify": verify, **typical_phases(MODELS[name](depth), verify)}
         for name in models
         for depth in depths
         for verify in ("off", "each")
