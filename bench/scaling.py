@@ -2,8 +2,9 @@
 
 For a plain decoder and for Hugging Face's llama (eager attention), of width 64, at several depths: seconds of
 capture, passes (with every rewrite checked, and with none checked), lowering and the final comparison, medians of
-three compiles. A row's ratio is the deepest model over the shallowest. Memory is measured in a fresh process, on a model with more than 200 MB of
-weights: the highest resident memory during the compile, the model itself included, as a multiple of its weights.
+three compiles. A row's ratio is the deepest model over the shallowest. Memory is measured in a fresh process, on a
+model with more than 200 MB of weights: the highest resident memory during the compile, the model itself included, as a
+multiple of its weights.
 Targets: a ratio of at most 12 for ten times the layers, 20 s for 100 layers, 2.2 times the weights.
 Exit status 1 when one is missed.
 """
