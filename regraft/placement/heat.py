@@ -33,13 +33,13 @@ def load_map(load: Array, layer_ids: Sequence[int], node_of_rank: NDArray[np.int
     return _svg(cells, [str(layer) for layer in layer_ids], ratio.shape[1], label)
 
 
-def traffic_map(traffic: Array, label: str) -> Markup:
-    """Copies per token from node to node, ``[nodes, nodes]``, summed over layers; darker is more."""
-    largest = max(float(traffic.max(initial=0.0)), 1e-12)
+def traffic_map(traffic: Array, largest: float, label: str) -> Markup:
+    """Copies per token from node to node, ``[nodes, nodes]``, summed over layers; ``largest`` has the full colour."""
+    scale = max(largest, 1e-12)
     nodes = len(traffic)
     cells = [
         (
-            ("hot", float(traffic[source, target]) / largest),
+            ("hot", float(traffic[source, target]) / scale),
             f"node {source} to node {target}: {traffic[source, target]:.3f} copies per token",
         )
         for source in range(nodes)

@@ -127,7 +127,9 @@ def _maps(auto: Row, beside: Row, objective: Objective) -> list[LoadMaps]:
 def _traffic(auto: Row, beside: Row, objective: Objective) -> list[tuple[str, Markup]]:
     if objective.cluster.num_nodes == 1:
         return []
-    return [(row.method, traffic_map(row.scored.traffic, f"traffic, {row.method}")) for row in (auto, beside)]
+    rows = (auto, beside)
+    largest = max(float(row.scored.traffic.max()) for row in rows)
+    return [(row.method, traffic_map(row.scored.traffic, largest, f"traffic, {row.method}")) for row in rows]
 
 
 def _memory(metrics: Metrics, objective: Objective) -> str:

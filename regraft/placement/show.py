@@ -31,7 +31,7 @@ def comparison_text(comparison: Comparison, aggregate: str = "weighted") -> str:
         table.add_row(*_cells(row, aggregate))
     text = io.StringIO()
     Console(file=text, width=WIDTH).print(table)
-    lines = [text.getvalue().rstrip(), *_remarks(comparison)]
+    lines = [*(line.rstrip() for line in text.getvalue().rstrip().splitlines()), *_remarks(comparison)]
     if auto.planned.migration is not None:
         lines.append(migration_text(auto.planned.migration))
     solution = comparison.solution
