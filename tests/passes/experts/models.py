@@ -77,9 +77,9 @@ class Logits(nn.Module):
         return found
 
 
-def recognised(model: Any, args: tuple[Any, ...]) -> Program:
+def recognised(model: Any, args: tuple[Any, ...], dynamic: Any = None) -> Program:
     """The canonical program with its experts recognised."""
-    program = captured(model, args)
+    program = captured(model, args, dynamic)
     for item in (RecognizeRowwise(), RecognizeBlocks()):
         item.run(program, Session(verify="off"))
     return program

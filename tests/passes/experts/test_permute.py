@@ -92,6 +92,14 @@ def test_bias_temperature_correction_and_scale_move_with_the_experts(size: tuple
     assert session.log.applications[0].drift is not None and session.log.applications[0].drift <= 1e-6
 
 
+def test_a_symbolic_number_of_tokens() -> None:
+    model = HandWritten()
+    program = recognised(model, (X,), dynamic=True)
+    assert PermuteExperts((Permutation(random_order(6, 8)),)).run(program, Session()) == 1
+    with torch.no_grad():
+        assert relative(run(program, (X[:4],)), model(X[:4])) <= 1e-6
+
+
 def test_two_permutations_compose() -> None:
     program = recognised(HandWritten(), (X,))
     before, first = run(program, (X,)), weights(program, "first")[0]
