@@ -41,6 +41,8 @@ def test_every_concept_has_a_page() -> None:
         "lowering-cpu",
         "masks",
         "reports",
+        "placement",
+        "placement-permute",
         "writing-a-rule",
     }
     assert concepts <= {page.stem for page in PAGES}
