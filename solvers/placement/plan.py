@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.solvers.placement.errors import PlacementError
+from regraft.solvers.placement.whole import write_text
 
 FORMAT = "regraft.plan"
 VERSION = 1
@@ -152,10 +153,7 @@ class Plan:
 
     def save(self, path: Path | str) -> None:
         """Write the plan file; it appears whole."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 
+from regraft.ir import memory
 from regraft.ir.memory import give_back, no_cycle_search
 
 
@@ -35,5 +36,16 @@ def test_whoever_switched_it_off_finds_it_off() -> None:
         gc.enable()
 
 
-def test_memory_can_be_given_back_at_any_time() -> None:
+def test_memory_is_given_back_where_the_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def trim(kept: int) -> int:
+        asked.append(kept)
+        return 1
+
+    monkeypatch.setattr(memory, "_trim", lambda: trim)
     give_back()
+    assert asked == [0]
+    monkeypatch.setattr(memory, "_trim", lambda: None)
+    give_back()
+    assert asked == [0]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from regraft.solvers.placement.errors import PlacementError
-from regraft.solvers.placement.exports.files import check_layers, full_slots, read_json, whole_rows, write_text
+from regraft.solvers.placement.exports.files import check_layers, full_slots, read_json, whole_rows
 from regraft.solvers.placement.plan import Plan
+from regraft.solvers.placement.whole import write_text
 
 
 def write_easyinfra(plan: Plan, path: Path | str) -> None:

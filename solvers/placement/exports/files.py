@@ -1,4 +1,4 @@
-"""What the engines' files have in common: they appear whole, and errors name the file."""
+"""What the engines' files have in common: errors name the file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ import numpy as np
 
 from regraft.solvers.placement.errors import PlacementError
 from regraft.solvers.placement.plan import Plan, Slots
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write a file; it appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def read_text(path: Path | str) -> str:

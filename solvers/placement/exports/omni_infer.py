@@ -15,6 +15,7 @@ from regraft.solvers.placement.errors import PlacementError
 from regraft.solvers.placement.exports.files import check_layers
 from regraft.solvers.placement.plan import Plan, Slots
 from regraft.solvers.placement.repair import duplicates
+from regraft.solvers.placement.whole import replacing
 
 
 def omni_pattern(plan: Plan) -> NDArray[np.int32]:
@@ -27,11 +28,8 @@ def omni_pattern(plan: Plan) -> NDArray[np.int32]:
 
 def write_omni_infer(plan: Plan, path: Path | str) -> None:
     """Write the file; it appears whole."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, omni_pattern(plan))
-    partial.replace(path)
 
 
 def read_omni_infer(path: Path | str, layer_ids: Sequence[int], num_hidden_layers: int) -> Plan:

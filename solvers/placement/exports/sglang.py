@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from regraft.solvers.placement.errors import PlacementError
-from regraft.solvers.placement.exports.files import full_slots, read_json, whole_rows, write_text
+from regraft.solvers.placement.exports.files import full_slots, read_json, whole_rows
 from regraft.solvers.placement.plan import Plan
+from regraft.solvers.placement.whole import write_text
 
 KEY = "physical_to_logical_map"
 

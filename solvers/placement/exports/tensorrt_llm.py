@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from regraft.solvers.placement.errors import PlacementError
-from regraft.solvers.placement.exports.files import check_layers, full_slots, read_text, whole_rows, write_text
+from regraft.solvers.placement.exports.files import check_layers, full_slots, read_text, whole_rows
 from regraft.solvers.placement.plan import Plan
+from regraft.solvers.placement.whole import write_text
 
 KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
 

@@ -20,9 +20,9 @@ from regraft.solvers.placement.exports.files import (
     full_slots,
     read_json,
     whole_rows,
-    write_text,
 )
 from regraft.solvers.placement.plan import Plan, Slots
+from regraft.solvers.placement.whole import write_text
 
 FORMS = ("41141", "49572", "34811")
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from regraft.solvers.placement.errors import PlacementError
-from regraft.solvers.placement.exports.files import check_layers, read_json, write_text
+from regraft.solvers.placement.exports.files import check_layers, read_json
 from regraft.solvers.placement.plan import Plan, Slots
 from regraft.solvers.placement.repair import duplicates
+from regraft.solvers.placement.whole import write_text
 
 
 def write_vllm_ascend(plan: Plan, path: Path | str) -> None:

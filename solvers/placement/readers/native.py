@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from regraft.solvers.placement.errors import PlacementError
 from regraft.solvers.placement.trace import Batch, Trace, whole_counts
+from regraft.solvers.placement.whole import replacing
 
 FORMAT = "regraft.trace"
 VERSION = 1
@@ -30,16 +31,15 @@ Arrays = dict[str, NDArray[Any]]
 def write_trace(trace: Trace, path: Path | str) -> None:
     """Write a trace; the name's ending, ``.npz`` or ``.safetensors``, chooses the form. The file appears whole."""
     path = Path(path)
-    arrays = _pack(trace)
-    partial = path.with_name(f".{path.name}.partial")
-    if path.suffix == ".npz":
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    elif path.suffix == ".safetensors":
-        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, partial)
-    else:
+    if path.suffix not in (".npz", ".safetensors"):
         raise PlacementError(f"trace file {path.name!r} was named; expected a name ending in .npz or .safetensors")
-    partial.replace(path)
+    arrays = _pack(trace)
+    with replacing(path) as partial:
+        if path.suffix == ".npz":
+            with partial.open("wb") as file:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        else:
+            save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, partial)
 
 
 def read_trace(path: Path | str) -> Trace:
