@@ -5,10 +5,14 @@ from regraft.ir.ops.add_norm import add_norm
 from regraft.ir.ops.attention import attention
 from regraft.ir.ops.glu import glu
 from regraft.ir.ops.linear import linear
+from regraft.ir.ops.merge_tokens import merge_tokens
 from regraft.ir.ops.moe import moe
+from regraft.ir.ops.plan_merge import plan_merge
 from regraft.ir.ops.registry import OPERATORS, Cost, SemanticOperator
 from regraft.ir.ops.rms_norm import rms_norm
 from regraft.ir.ops.rope import rope
+from regraft.ir.ops.token_scores import token_scores
+from regraft.ir.ops.unmerge_tokens import unmerge_tokens
 
 __all__ = [
     "OPERATORS",
@@ -19,7 +23,11 @@ __all__ = [
     "attention",
     "glu",
     "linear",
+    "merge_tokens",
     "moe",
+    "plan_merge",
     "rms_norm",
     "rope",
+    "token_scores",
+    "unmerge_tokens",
 ]

@@ -66,6 +66,19 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    "plan_merge": (ops.plan_merge, (numbers(2, 9, 4),), {"remove": 3, "prefix": 1}),
+    "plan_merge with everything": (
+        ops.plan_merge,
+        (numbers(2, 9, 4), numbers(2, 9), torch.arange(9)[None] < torch.tensor([[9], [5]])),
+        {"remove": 3, "matching": "fuse", "prefix": 1, "suffix": 1},
+    ),
+    "merge_tokens": (
+        ops.merge_tokens,
+        (numbers(1, 4, 3), None, torch.tensor([[0, 1, 3]]), torch.tensor([[2]]), torch.tensor([[0, 1, 0, 2]])),
+        {},
+    ),
+    "unmerge_tokens": (ops.unmerge_tokens, (numbers(1, 3, 3), torch.tensor([[0, 1, -1, 2]])), {}),
+    "token_scores": (ops.token_scores, (numbers(2, 4, 5, 8), numbers(2, 2, 5, 8)), {"scale": 0.5, "kind": "received"}),
     "linear with everything": (
         ops.linear,
         (numbers(2, 3, 4), numbers(5, 4), numbers(5), numbers(2, 3, 5), numbers(2, 3, 5), "gelu"),
