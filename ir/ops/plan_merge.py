@@ -5,6 +5,7 @@ from scores. Tokens of the prefix and the suffix stay. Padded tokens (``keep`` f
 is not finite are neither merged nor merged into: a matching that merges drops them where a sample has too few others,
 the padded ones first, and one that drops tokens begins with the padded ones. The plan of a sample depends on that
 sample alone, and is the same on every call.
+"""
 
 from __future__ import annotations
 
