@@ -15,7 +15,7 @@ from torch import fx
 from regraft.ir.nodes import arguments, is_tensor, rank, shape
 from regraft.passes.experts import expert_axis as axis
 from regraft.passes.experts.expert_axis import SAME, Along, Effect, Grouped, Numbers, Same
-from regraft.passes.experts.operands import Refused
+from regraft.passes.refused import Refused
 
 if TYPE_CHECKING:
     from regraft.passes.experts.walk import Walk

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.ir import ops
 from regraft.ir.nodes import Builder, arguments, is_call, is_tensor, rank, shape, size_equal
+from regraft.ir.pointwise import is_pointwise
 from regraft.ir.program import Program
 from regraft.ir.weights import WeightOp
 from regraft.passes.experts.permutation import Permutation
+from regraft.passes.refused import Refused
 
 aten = torch.ops.aten
 #: Builds the permuted operand in front of where it is read.
@@ -37,58 +38,8 @@ _UNIFORM = frozenset(
         aten.scalar_tensor.default,
     )
 )
-_CASTS = frozenset(
-    (
-        aten.to.dtype,
-        aten.to.device,
-        aten.to.dtype_layout,
-        aten._to_copy.default,
-        aten.contiguous.default,
-        aten.clone.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.lift_fresh_copy.default,
-    )
-)
-
-#: Pointwise too, though PyTorch does not say so.
-_POINTWISE = frozenset(
-    (
-        aten.where.Scalar,
-        aten.where.ScalarSelf,
-        aten.where.ScalarOther,
-        aten.rsub.Scalar,
-        aten.rsub.Tensor,
-        aten.masked_fill.Scalar,
-        aten.masked_fill.Tensor,
-        ops.activation,
-    )
-)
 #: Calls that only move or add dims, with the tensor they are of.
 _MOVES = (aten.expand.default, aten.unsqueeze.default, aten.reshape.default, aten.permute.default)
-
-
-class Refused(Exception):
-    """A site whose experts cannot be permuted: the reason, and the node that it lies at."""
-
-    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.node = reason, node
-
-
-def is_cast(node: fx.Node) -> bool:
-    """Whether the call changes no more than element type, device or memory."""
-    return is_call(node, _CASTS)
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether each element of the result depends on the same element of the operands alone."""
-    if is_cast(node) or is_call(node, _POINTWISE):
-        return True
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return False
-    return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def is_uniform(node: fx.Node, dim: int) -> bool:

@@ -18,9 +18,9 @@ from regraft.ir.records import Refusal
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.base import Pass
 from regraft.passes.experts.errors import PermutationError
-from regraft.passes.experts.operands import Refused
 from regraft.passes.experts.permutation import Permutation, permutations_of
 from regraft.passes.experts.router import Rewrite, read_site
+from regraft.passes.refused import Refused
 from regraft.solvers.placement.plan import Plan
 
 

@@ -12,9 +12,10 @@ from torch import fx
 from regraft.ir.nodes import Builder, arguments, is_call, is_tensor, rank, shape
 from regraft.ir.program import Program
 from regraft.passes.experts.expert_axis import SAME, Numbers
-from regraft.passes.experts.operands import Operands, Recipe, Refused
+from regraft.passes.experts.operands import Operands, Recipe
 from regraft.passes.experts.permutation import Permutation
 from regraft.passes.experts.walk import Walk
+from regraft.passes.refused import Refused
 
 aten = torch.ops.aten
 _WEIGHTS = ("first", "down", "up", "first_bias", "down_bias", "up_bias")

@@ -14,11 +14,13 @@ import torch
 from torch import fx
 
 from regraft.ir.nodes import arguments, is_call, is_tensor
+from regraft.ir.pointwise import is_cast, is_pointwise
 from regraft.passes.experts.axis_rules import RULES, Effects
 from regraft.passes.experts.errors import PermutationError
 from regraft.passes.experts.expert_axis import SAME, Along, Effect, Grouped, Numbers, Same, spanned
-from regraft.passes.experts.operands import Operands, Recipe, Refused, is_cast, is_pointwise, is_uniform
+from regraft.passes.experts.operands import Operands, Recipe, is_uniform
 from regraft.passes.experts.permutation import Permutation
+from regraft.passes.refused import Refused
 
 aten = torch.ops.aten
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from regraft.passes.experts.expert_axis import SAME, Along, Effect, Grouped, Numbers, expanded, permuted, reshaped
-from regraft.passes.experts.operands import Operands, Refused
+from regraft.passes.experts.operands import Operands
 from regraft.passes.experts.permutation import Permutation
 from regraft.passes.experts.walk import Walk
+from regraft.passes.refused import Refused
 from tests.passes.experts.models import random_order
 from tests.support import captured
 
