@@ -41,4 +41,17 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+    if _HOME.get(name) == "api":
+        _begin()
     return getattr(import_module(f"regraft.{_HOME.get(name, 'errors')}"), name)
+
+
+def _begin() -> None:
+    """Whoever takes ``compile`` or ``load`` is about to want both: the kernels, whose first build on a machine takes a
+    second, and the modules, whose loading takes half of one (less while Python looks for no cycles)."""
+    from regraft.codegen.cpu.native.kernels import NATIVE
+    from regraft.ir.memory import no_cycle_search
+
+    NATIVE.start()
+    with no_cycle_search():
+        import_module("regraft.api")

@@ -215,17 +215,17 @@ def _build(
 ) -> Build:
     with no_cycle_search():
         phases = dict(toolchain.pipeline(target).run(program, session))
-    separate_outputs(program, before)
-    expected, seconds = None, 0.0
-    if session.verify != "off":  # before weights are packed: a run of the model needs room of its own
+        separate_outputs(program, before)
+        expected, seconds = None, 0.0
+        if session.verify != "off":  # before weights are packed: a run of the model needs room of its own
+            started = time.perf_counter()
+            give_back()  # what the checks left
+            expected = reference()
+            give_back()
+            seconds = time.perf_counter() - started
         started = time.perf_counter()
-        give_back()  # what the checks left
-        expected = reference()
-        give_back()
-        seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    executable = toolchain.lower(program, session)
-    phases["lowering"] = time.perf_counter() - started
+        executable = toolchain.lower(program, session)
+        phases["lowering"] = time.perf_counter() - started
     give_back()
     result = Build(Entry(program, executable), before, session.log, phases, session.checked.repetitions)
     if session.verify != "off":

@@ -235,7 +235,7 @@ class CompiledModule(StandIn):
     def _compile(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Entry | str:
         model = self.original
         assert self._source is not None and model is not None
-        with CAPTURE, gate_of(model).capturing() as alone:
+        with CAPTURE, no_cycle_search(), gate_of(model).capturing() as alone:
             if not alone:
                 return "another thread runs the original, which must rest while it is captured"
             return self._compile_alone(model, key, args, kwargs, dynamic)
@@ -244,8 +244,7 @@ class CompiledModule(StandIn):
         self, model: nn.Module, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
     ) -> Entry | str:
         started = time.perf_counter()
-        with no_cycle_search():
-            program = capture(self._source, args, kwargs, dynamic)
+        program = capture(self._source, args, kwargs, dynamic)
         captured = {id(tensor): tensor for tensor in program.weights.originals.values()}
         seconds = time.perf_counter() - started
         try:

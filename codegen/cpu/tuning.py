@@ -22,11 +22,11 @@ from regraft.codegen.cpu.context import Emitter
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
 from regraft.ir.memory import give_back
 
-_SECONDS_PER_SHAPE = 0.1
+_SECONDS_PER_SHAPE = 0.06
 _LARGER_THAN_CACHES = 64 << 20  # bytes
 _NEIGHBOUR, _NEIGHBOUR_ROWS = 512, 64  # features and rows of the product that is run beside each kernel
 _UNKNOWN_ROWS = 256  # where their number is symbolic
-_MOST_PRODUCTS = 1 << 28  # of numbers, in a layer that is measured: more take longer, and tell nothing else
+_MOST_PRODUCTS = 1 << 27  # of numbers, in a layer that is measured: more take longer, and tell nothing else
 _ENOUGH_ROWS, _ENOUGH_COLUMNS = 192, 1024  # are measured whatever that makes
 _MOST_NUMBERS = 1 << 20  # of a weight or of results
 _NOT_IN_VAIN = 1.3  # a kernel that takes this much longer than the best is not measured again
