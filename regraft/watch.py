@@ -14,6 +14,8 @@ _version = attrgetter("_version")
 _address = Tensor.data_ptr
 #: Attributes of every module that are compared by what they hold, or that play no part in a forward.
 _BOOKS = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers", "_modules"}
+#: What ``torch.compile`` writes on a module that it wraps.
+_MARKS = frozenset({"_is_torch_compile"})
 #: An integer type of the same size, in which equal bits are equal numbers, NaN included.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -80,8 +82,12 @@ class WeightWatch:
         return _differ(self._holders, self._known) or not all(h[name] is value for h, name, value in self._single)
 
     def _attribute_changed(self) -> bool:
-        if list(map(len, self._attributes)) != self._lengths:
-            return True
+        lengths = list(map(len, self._attributes))
+        if lengths != self._lengths:
+            both = zip(self._attributes, self._known_attributes, strict=True)
+            if any((now.keys() ^ before.keys()) - _MARKS for now, before in both):
+                return True
+            self._lengths = lengths
         try:
             return _differ(self._values(), self._known_values)
         except KeyError:  # one was removed, and another one added
@@ -92,7 +98,7 @@ class WeightWatch:
 
     def _which(self) -> str:
         for now, before in zip(self._attributes, self._known_attributes, strict=True):
-            for name in now.keys() | before.keys():
+            for name in (now.keys() | before.keys()) - _MARKS:
                 if name not in now or name not in before or _differ(now[name], before[name]):
                     return repr(name)
         return "(unknown)"
@@ -100,7 +106,7 @@ class WeightWatch:
 
 def _reader(attributes: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
     """Reads the attributes that can change what a forward computes: most of a module's are PyTorch's own books."""
-    names = [name for name in attributes if name not in _BOOKS]
+    names = [name for name in attributes if name not in _BOOKS | _MARKS]
     return itemgetter(*names) if names else lambda held: None
 
 

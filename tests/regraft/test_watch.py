@@ -109,3 +109,12 @@ def test_a_watch_over_odd_tensors() -> None:
 def test_tables_that_every_module_has_are_no_configurations() -> None:
     watch = WeightWatch(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert len(watch._attributes) == 3  # one a part
+
+
+def test_what_torch_compile_writes_on_a_module_is_no_change() -> None:
+    model = Model().eval()
+    watch = WeightWatch(model)
+    torch.compile(model, backend="eager")(X)
+    assert watch.changed() == ""
+    model.added = 1
+    assert watch.changed() == "the model's attribute 'added' was changed"
