@@ -11,9 +11,11 @@ from regraft.ir.mask.length import KEY_LENGTH, QUERY_LENGTH
 from regraft.ir.mask.predicate import (
     And,
     Band,
+    Bits,
     Chunk,
     Dense,
     Everything,
+    Heads,
     Keys,
     Lengths,
     Not,
@@ -24,6 +26,8 @@ from regraft.ir.mask.predicate import (
     Rows,
     Same,
 )
+
+_WORD = 64  # bits of an integer of Bits
 
 
 def to_dense(
@@ -50,6 +54,13 @@ def to_dense(
     def keys(number: int) -> Tensor:
         return tensors[number].to(device).reshape(-1, 1, 1, key_length)
 
+    def bits(words: Tensor) -> Tensor:
+        words = words.reshape(-1, query_length, words.shape[-1])
+        place = key[0] - (key_length - query_length)
+        chosen = words[..., (place // _WORD).clamp(0, words.shape[-1] - 1)]
+        known = (place >= 0) & (place < _WORD * words.shape[-1])
+        return ((chosen >> (place % _WORD)) & 1 == 1) & known
+
     def visit(node: Predicate) -> Tensor:
         match node:
             case Everything():
@@ -75,6 +86,11 @@ def to_dense(
                 return (query + offset.evaluate(sizes)) // size == key // size
             case Dense(number):
                 return tensors[number].to(device) != 0
+            case Heads(first, last):
+                head = torch.arange(heads, device=device)[:, None, None]
+                return (head >= first) & (head < last)
+            case Bits(number):
+                return bits(tensors[number].to(device))[:, None]
             case Not(operand):
                 return ~visit(operand)
             case And(operands):

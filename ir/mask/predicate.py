@@ -133,6 +133,28 @@ class Dense(Predicate):
 
 
 @dataclass(frozen=True, slots=True)
+class Heads(Predicate):
+    """``first <= head < last``: masks that differ from head to head are unions of such parts. Build with ``heads``."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"heads({self.first},{self.last})"
+
+
+@dataclass(frozen=True, slots=True)
+class Bits(Predicate):
+    """Bit ``n`` of the query's words is set, for key ``key_len - query_len + n``: which nodes of a tree are ancestors.
+    The tensor is int64 ``[batch or 1, query length, words]`` of 64 bits each, the lowest first."""
+
+    tensor: int
+
+    def __str__(self) -> str:
+        return f"bits({self.tensor})"
+
+
+@dataclass(frozen=True, slots=True)
 class Not(Predicate):
     operand: Predicate
 
@@ -178,6 +200,12 @@ def chunk(size: int, offset: Length | int | str = 0) -> Chunk:
     return Chunk(size, Length.of(offset))
 
 
+def heads(first: int, last: int) -> Heads:
+    if not 0 <= first < last:
+        raise ValueError(f"heads from {first} to {last} are none")
+    return Heads(first, last)
+
+
 CAUSAL = band(None, 0)
 EVERYTHING = Everything()
 NOTHING = Nothing()
@@ -186,7 +214,7 @@ NOTHING = Nothing()
 def tensors_of(predicate: Predicate) -> frozenset[int]:
     """The positions of the tensors which the predicate reads."""
     match predicate:
-        case Lengths(number) | Keys(number) | Rows(number) | Dense(number):
+        case Lengths(number) | Keys(number) | Rows(number) | Dense(number) | Bits(number):
             return frozenset((number,))
         case Same(left, right):
             return frozenset((left, right))
@@ -211,6 +239,6 @@ def renumber(predicate: Predicate, places: dict[int, int]) -> Predicate:
     match predicate:
         case Same(query_tensor, key_tensor):
             return Same(places[query_tensor], places[key_tensor])
-        case Lengths(number) | Keys(number) | Rows(number) | Dense(number):
+        case Lengths(number) | Keys(number) | Rows(number) | Dense(number) | Bits(number):
             return type(predicate)(places[number])
     raise TypeError(f"not an atom: {predicate!r}")

@@ -8,6 +8,7 @@ from regraft.ir.mask.predicate import (
     EVERYTHING,
     NOTHING,
     And,
+    Bits,
     Dense,
     Keys,
     Lengths,
@@ -18,11 +19,12 @@ from regraft.ir.mask.predicate import (
     Same,
     band,
     chunk,
+    heads,
     prefix,
 )
 
 _TOKEN = re.compile(r"\s*(?:([a-z]+)\(([^()]*)\)|(all|none)\b|([&|~()]))")
-_TENSOR_ATOMS = {"keys": Keys, "rows": Rows, "lengths": Lengths, "dense": Dense}
+_TENSOR_ATOMS = {"keys": Keys, "rows": Rows, "lengths": Lengths, "dense": Dense, "bits": Bits}
 
 
 def parse(text: str) -> Predicate:
@@ -95,6 +97,9 @@ class _Parser:
         if name == "same":
             query_tensor, key_tensor = arguments
             return Same(int(query_tensor), int(key_tensor))
+        if name == "heads":
+            first, last = arguments
+            return heads(int(first), int(last))
         if name == "band":
             lower, upper = arguments
             return band(None if lower == "None" else lower, None if upper == "None" else upper)

@@ -12,9 +12,11 @@ from regraft.ir.mask import (
     CAUSAL,
     And,
     Band,
+    Bits,
     Chunk,
     Dense,
     Everything,
+    Heads,
     Keys,
     Lengths,
     Not,
@@ -27,6 +29,7 @@ from regraft.ir.mask import (
     band,
     chunk,
     every_row_nonempty,
+    heads,
     intervals,
     is_causal,
     parse,
@@ -41,7 +44,9 @@ atoms = st.one_of(
     st.builds(band, bounds, bounds),
     st.builds(prefix, st.one_of(st.integers(0, 9), st.just("key_len - 2"))),
     st.builds(chunk, st.integers(1, 4), st.integers(0, 3)),
-    st.sampled_from([Everything(), Nothing(), Lengths(0), Keys(1), Rows(2), Same(2, 1), Dense(3)]),
+    st.sampled_from(
+        [Everything(), Nothing(), Lengths(0), Keys(1), Rows(2), Same(2, 1), Dense(3), heads(1, 3), Bits(4)]
+    ),
 )
 predicates = st.recursive(
     atoms,
@@ -62,6 +67,7 @@ def tensors_for(rows: int, columns: int, seed: int) -> list[torch.Tensor]:
         torch.randint(0, 3, (BATCH, columns), generator=make),
         torch.randint(0, 3, (BATCH, rows), generator=make),
         torch.randint(0, 2, (BATCH, HEADS, rows, columns), generator=make).bool(),
+        torch.randint(-(2**63), 2**63 - 1, (BATCH, rows, 1), generator=make),
     ]
 
 
@@ -85,6 +91,11 @@ def formula(p: Predicate, t: list[np.ndarray], b: int, h: int, q: int, k: int, n
             return bool(t[i][b, q] == t[j][b, k])
         case Dense(i):
             return bool(t[i][b, h, q, k])
+        case Heads(first, last):
+            return first <= h < last
+        case Bits(i):
+            place = k - (n["key_len"] - n["query_len"])
+            return place >= 0 and bool(int(t[i][b, q, 0]) >> place & 1)
         case Not(inner):
             return not formula(inner, t, b, h, q, k, n)
         case And(parts):
@@ -153,7 +164,7 @@ def test_intervals_are_the_mask(parts: list[Predicate], size: tuple[int, int, in
     p = And(tuple(parts))
     found = intervals(p, rows, columns, tensors)
     if found is None:
-        assert any(isinstance(part, (Keys, Rows, Same, Dense)) for part in parts)
+        assert any(isinstance(part, (Keys, Rows, Same, Dense, Heads, Bits)) for part in parts)
         return
     start, end = found
     key = torch.arange(columns)
