@@ -143,7 +143,7 @@ class Driver:
         try:
             replaced = rule.replace(match, build)
             pairs = {root: replaced} if isinstance(replaced, fx.Node) else (replaced or {})
-            verdict = self._check(rule, pairs, build.made) if pairs else Verdict(False)
+            verdict = self._check(rule, match, pairs, build) if pairs else Verdict(False)
         except Exception as error:  # a rule's own fault must not lose the model: undo, and report it
             pairs, verdict = {}, Verdict(False, f"{type(error).__name__}: {error}")
         if not pairs or not verdict.accepted:
@@ -154,11 +154,13 @@ class Driver:
             return None
         return self._commit(rule, match, pairs, build.made, verdict)
 
-    def _check(self, rule: Rule, pairs: dict[fx.Node, fx.Node], made: list[fx.Node]) -> Verdict:
-        if self._verifier is not None:
-            return self._verifier.check(pairs, made, rule.exactness, rule.against_fp64)
+    def _check(self, rule: Rule, match: Match, pairs: dict[fx.Node, fx.Node], build: Builder) -> Verdict:
         reason = next((r for r in (check_shapes(old, new) for old, new in pairs.items()) if r), "")
-        return Verdict(not reason, reason)
+        if reason or self._verifier is None:
+            return Verdict(not reason, reason)
+        rehearsed = rule.rehearsal(match, build)
+        checked = pairs if rehearsed is None else {match.root: rehearsed}
+        return self._verifier.check(checked, build.made, rule.exactness, rule.against_fp64)
 
     def _commit(
         self, rule: Rule, match: Match, pairs: dict[fx.Node, fx.Node], made: list[fx.Node], verdict: Verdict

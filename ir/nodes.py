@@ -119,10 +119,14 @@ def _expression(size: Any) -> Any:
 
 
 def concrete(size: Any) -> int:
-    """The size as an int: a symbol's value in the example that the program was captured with."""
+    """The size as an int: a symbol's value in the example that the program was captured with; of a size that only the
+    data tell, torch's estimate."""
     if isinstance(size, fx.Node):
         size = size.meta["val"]
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    known = size.node.hint
+    return int(size.node.shape_env.optimization_hint(size.node.expr) if known is None else known)
 
 
 @dataclass

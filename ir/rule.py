@@ -145,6 +145,11 @@ class Rule:
         """Build the new nodes; what is returned takes the place of the old."""
         raise TypeError(f"rule {self.name} has no replacement")
 
+    def rehearsal(self, match: Match, build: Builder) -> fx.Node | None:
+        """What is checked in place of the replacement, where that cannot run by itself (it speaks to other
+        processes): the same computation in this process, erased once it is checked. None: the replacement itself."""
+        return None
+
     @cached_property
     def compiled(self) -> Pattern:
         """The pattern with its parameters bound to tensor variables; made once."""

@@ -42,7 +42,7 @@ def _slice(tensors: list[Tensor], dim: int, start: int, end: int) -> Tensor:
 
 
 def _index(tensors: list[Tensor], dim: int, indices: list[int]) -> Tensor:
-    return tensors[0].index_select(dim, torch.tensor(indices, device=tensors[0].device))
+    return tensors[0].index_select(dim, torch.tensor(indices, dtype=torch.int64, device=tensors[0].device))
 
 
 def _zeros_like_rows(tensors: list[Tensor], dim: int) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from regraft.ir.rule import Rule
-from regraft.passes.base import Pipeline, RulePass
+from regraft.passes.base import Pass, Pipeline, RulePass
 from regraft.passes.canonicalize.cleanup import DropDeadCode, MergeCommonSubexpressions
 from regraft.passes.canonicalize.pipeline import PASSES as CANONICALIZE
 from regraft.passes.fuse.dead_output import DropUnreadColumns, DropUnreadRows
@@ -92,14 +92,15 @@ class FuseNorms(RulePass):
     rules: ClassVar[Sequence[Rule]] = (FuseResidualNorm(),)
 
 
-def default_pipeline(target: str = "cpu") -> Pipeline:
-    """Exact passes, in order, for ``target``."""
+def default_pipeline(target: str = "cpu", experts: Pass | None = None) -> Pipeline:
+    """Exact passes, in order, for ``target``; ``experts`` places the experts once they are recognised."""
     return Pipeline(
         (
             *CANONICALIZE,
             RecognizeRowwise(),
             RecognizeBlocks(),
             CountSites(),
+            *((experts,) if experts is not None else ()),
             MergeCommonSubexpressions(),
             DropUnread(),
             FuseLinearsOnCpu() if target.startswith("cpu") else FuseLinears(),

@@ -7,6 +7,8 @@ from regraft.ir.ops.glu import glu
 from regraft.ir.ops.linear import linear
 from regraft.ir.ops.merge_tokens import merge_tokens
 from regraft.ir.ops.moe import moe
+from regraft.ir.ops.moe_combine import moe_combine
+from regraft.ir.ops.moe_dispatch import moe_dispatch
 from regraft.ir.ops.plan_merge import plan_merge
 from regraft.ir.ops.registry import OPERATORS, Cost, SemanticOperator
 from regraft.ir.ops.rms_norm import rms_norm
@@ -25,6 +27,8 @@ __all__ = [
     "linear",
     "merge_tokens",
     "moe",
+    "moe_combine",
+    "moe_dispatch",
     "plan_merge",
     "rms_norm",
     "rope",

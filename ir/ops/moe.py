@@ -197,10 +197,10 @@ def cost(node: fx.Node) -> Cost:
         given[name].meta["val"] for name in ("first", "down", "up", "first_bias", "down_bias", "up_bias") if given[name]
     ]
     products = sum(elements(value) for value in held if value.dim() == 3)
-    touched = min(1.0, pairs / experts)
+    touched = min(1.0, pairs / max(experts, 1))
     moved = touched * sum(tensor_bytes(value) for value in held)
     activations = sum(tensor_bytes(value) for value in (hidden, index, given["weight"].meta["val"], node.meta["val"]))
-    return Cost(2.0 * pairs * products / experts, moved + activations)
+    return Cost(2.0 * pairs * products / max(experts, 1), moved + activations)
 
 
 moe = register("moe", _moe, reference, cost)

@@ -48,14 +48,17 @@ def count_traffic(
     sources: NDArray[np.integer] | None = None,
     split: str = "even",
     communication: str = "dispatch",
+    tokens: NDArray[np.integer] | None = None,
 ) -> Traffic:
     """Exact copies of these tokens, whose choices are ``[tokens, top_k]``, under a layer's table ``[ranks, slots]``.
 
-    Without ``sources`` tokens are dealt to ranks in turn.
+    Without ``sources`` tokens are dealt to ranks in turn. ``tokens`` are their numbers, which "even" hashes: their
+    places in ``experts``, or, as a sharded model numbers them, in their own rank's call.
     """
-    tokens = np.arange(len(experts))
-    source = tokens % cluster.num_ranks if sources is None else np.asarray(sources, dtype=np.int64)
-    served = chosen_ranks(table, experts, tokens, source, cluster, split, num_experts)
+    places = np.arange(len(experts))
+    source = places % cluster.num_ranks if sources is None else np.asarray(sources, dtype=np.int64)
+    numbers = places if tokens is None else np.asarray(tokens, dtype=np.int64)
+    served = chosen_ranks(table, experts, numbers, source, cluster, split, num_experts)
     distinct = touched(served, cluster.num_ranks)
     destinations = int(distinct.sum())
     if communication == "per-expert":
@@ -77,10 +80,11 @@ def plan_traffic(
     sources: NDArray[np.integer] | None = None,
     split: str = "even",
     communication: str = "dispatch",
+    tokens: NDArray[np.integer] | None = None,
 ) -> list[Traffic]:
     """``count_traffic`` for every layer of a plan; choices are ``[layers, tokens, top_k]``."""
     return [
-        count_traffic(table, experts[at], plan.num_experts, cluster, sources, split, communication)
+        count_traffic(table, experts[at], plan.num_experts, cluster, sources, split, communication, tokens)
         for at, table in enumerate(plan.slots)
     ]
 

@@ -66,6 +66,21 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    "moe_dispatch": (
+        ops.moe_dispatch,
+        (
+            numbers(3, 4),
+            torch.tensor([[0, 2], [1, 0], [2, 1]]),
+            torch.full((3, 2), 0.5),
+            torch.tensor([[0, 3], [1, -1], [2, -1]]),
+        ),
+        {"ranks": 2, "slots": 2},
+    ),
+    "moe_combine": (
+        ops.moe_combine,
+        (numbers(4, 4), torch.tensor([0, 2, 0, 1]), torch.tensor([[2, 2], [2, 2]]), 3),
+        {"ranks": 2, "dtype": torch.bfloat16},
+    ),
     "plan_merge": (ops.plan_merge, (numbers(2, 9, 4),), {"remove": 3, "prefix": 1}),
     "plan_merge with everything": (
         ops.plan_merge,

@@ -61,6 +61,16 @@ def test_traffic_is_what_counting_token_by_token_gives(seed: int, split: str, ex
     assert messages.crossing >= found.crossing and messages.cross_node >= found.cross_node
 
 
+def test_tokens_may_be_numbered_by_their_own_rank_s_call() -> None:
+    """Two ranks of three tokens: together they are the traffic of each by itself."""
+    table = np.array([[0, 1], [2, 0], [0, 3], [1, 2]])
+    experts = random_experts(0, 1, 6, 4, 2)[0]
+    sources, numbers = np.repeat([1, 3], 3), np.tile(np.arange(3), 2)
+    found = count_traffic(table, experts, 4, TWO_BY_TWO, sources, tokens=numbers)
+    alone = [count_traffic(table, experts[part], 4, TWO_BY_TWO, sources[part]) for part in (slice(3), slice(3, 6))]
+    assert (found.ranks == alone[0].ranks + alone[1].ranks).all()
+
+
 def test_copies_share_tokens_evenly_and_nearest_is_nearest() -> None:
     table = np.array([[0, 1], [2, 0], [0, 3], [1, 2]])
     assert slot_shares(table, TWO_BY_TWO, "even", 4)[0, 0] == pytest.approx(1 / 3)
