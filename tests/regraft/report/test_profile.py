@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_the_environment_names_device_rates_and_versions() -> None:
     program = capture(nn.Linear(4, 3), (torch.randn(2, 4),))
     place = environment(DEVICE, main_dtype(program.graph))
     assert (place.device, place.dtype, place.peak_flops) == ("test", "float32", 1e9)
-    assert place.versions["torch"] == torch.__version__ and place.threads == torch.get_num_threads()
+    assert place.versions["torch"] == version("torch") and place.threads == torch.get_num_threads()
 
 
 def test_the_trace_has_a_row_before_and_one_after(tmp_path: Path) -> None:
