@@ -30,6 +30,22 @@ def without_duplicates(table: Slots, num_experts: int, load: NDArray[np.float64]
     return table
 
 
+def refilled(table: Slots, num_experts: int, load: NDArray[np.float64]) -> Slots:
+    """The table with each second copy on a rank given up for the expert, not there yet, whose copies carry most.
+
+    ``load`` ``[experts]`` are an expert's tokens over all its copies. Where all experts lie on the rank, it stays.
+    """
+    table = table.copy()
+    for rank, slot in duplicates(table):
+        copies = np.bincount(table[table >= 0], minlength=num_experts).astype(np.float64)
+        copies[table[rank, slot]] -= 1.0
+        carried = load / np.maximum(copies, 1e-12)
+        carried[table[rank]] = -np.inf
+        if np.isfinite(carried).any():
+            table[rank, slot] = int(carried.argmax())
+    return table
+
+
 def duplicates(table: Slots) -> list[tuple[int, int]]:
     """(rank, slot) of every copy whose expert the rank holds in an earlier slot."""
     order = np.argsort(table, axis=1, kind="stable")

@@ -6,21 +6,20 @@ along the chain, and then every layer is searched with its neighbours held, even
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from regraft.solvers.placement.auto import grouping
 from regraft.solvers.placement.auto.cells import cells_of
-from regraft.solvers.placement.auto.denoise import denoised
-from regraft.solvers.placement.auto.descent import Clock
+from regraft.solvers.placement.auto.copies import exchange_copies
 from regraft.solvers.placement.auto.independent import BALANCE_WORTH
 from regraft.solvers.placement.auto.items import Array, Ints, Items, items_of, table_of
 from regraft.solvers.placement.auto.layer import LayerTask, solve_layer
-from regraft.solvers.placement.auto.options import Options
+from regraft.solvers.placement.auto.search import Search
 from regraft.solvers.placement.chain_assignment import assign_chain
-from regraft.solvers.placement.constraints import Constraints, violations
+from regraft.solvers.placement.constraints import violations
 from regraft.solvers.placement.metrics import plan_balancedness
 from regraft.solvers.placement.objective import Objective
 from regraft.solvers.placement.plan import Plan, Slots
@@ -30,34 +29,28 @@ from regraft.solvers.placement.slots import SlotCounts
 _SWEEPS = 3
 
 
-def improve_chain(
-    objective: Objective,
-    slots: SlotCounts,
-    constraints: Constraints,
-    options: Options,
-    plans: tuple[Plan, Plan | None, dict[str, Plan]],
-    clock: Clock,
-    executor: Executor | None,
-) -> Plan:
-    """The best plan found, not worse than any of ``plans``: the best start, the one whose balance is kept, all."""
-    best, keep, starts = plans
-    found = [best]
+def improve_chain(search: Search) -> Plan:
+    """The best plan found, not worse than any of the starts."""
+    objective, constraints = search.objective, search.constraints
+    found = [search.best]
     if constraints.groups == "free" and not constraints.pinned:
         for by_rank in (True, False):
-            if not clock.out:
-                grouped = _grouped(objective, slots, by_rank, options.seed)
+            if not search.clock.out:
+                grouped = _grouped(objective, search.slots, by_rank, search.options.seed)
                 if not violations(grouped, objective.model, objective.cluster, constraints):
                     found.append(grouped)
     start = min(found, key=objective.value)
     for sweep in range(_SWEEPS):
         before = objective.value(start)
-        start = _sweep(objective, (constraints, options, keep), start, sweep, clock, executor)
-        if clock.out or objective.value(start) > before * (1.0 - 1e-3):
+        start = _sweep(search, start, sweep)
+        if search.clock.out or objective.value(start) > before * (1.0 - 1e-3):
             break
-    return _choose(objective, [start, *found, *starts.values()], keep, min(map(objective.value, starts.values())))
+    start = exchange_copies(search, start, partial(_local, objective))
+    plans = [start, *found, *search.starts.values()]
+    return _choose(objective, plans, search.keep, search.limit)
 
 
-def _choose(objective: Objective, plans: list[Plan], keep: Plan | None, start_value: float) -> Plan:
+def _choose(objective: Objective, plans: list[Plan], keep: Plan | None, limit: float) -> Plan:
     """The cheapest that is as balanced as ``keep``; the cheapest of all where that costs too much."""
     cheapest = min(plans, key=objective.value)
     if keep is None:
@@ -66,39 +59,27 @@ def _choose(objective: Objective, plans: list[Plan], keep: Plan | None, start_va
     even = [p for p in plans if float(objective.weights @ plan_balancedness(p, objective).mean(1)) >= least]
     if even:
         chosen = min(even, key=objective.value)
-        most = min(start_value, objective.value(cheapest) * (1.0 + BALANCE_WORTH))
+        most = min(limit, objective.value(cheapest) * (1.0 + BALANCE_WORTH))
         if objective.value(chosen) <= most * (1.0 + 1e-12):
             return chosen
     return cheapest
 
 
-def _sweep(
-    objective: Objective,
-    asked: tuple[Constraints, Options, Plan | None],
-    plan: Plan,
-    number: int,
-    clock: Clock,
-    executor: Executor | None,
-) -> Plan:
+def _sweep(search: Search, plan: Plan, number: int) -> Plan:
     """Search every layer once; a table is taken over where the whole plan gets cheaper."""
-    constraints, options, keep = asked
-    layers = plan.num_layers
-    done = 0
+    objective, layers, done = search.objective, plan.num_layers, 0
     for parity in (0, 1):
         chosen = list(range(parity, layers, 2))
-        workers = 1 if executor is None else max(1, int(getattr(executor, "_max_workers", 1)))
-        share = None if clock.deadline is None else clock.left * workers / max(1, (layers - done) * (_SWEEPS - number))
-        tasks = [_task(objective, constraints, options, plan, keep, at, share) for at in chosen]
-        tables = map(solve_layer, tasks) if executor is None else executor.map(solve_layer, tasks)
+        seconds = search.share((layers - done) * (_SWEEPS - number))
+        tables = search.run(solve_layer, [_task(search, plan, at, seconds) for at in chosen])
         for at in chosen:
-            if clock.out:
+            if search.clock.out:
                 return plan
             trial = _with_table(plan, at, next(tables))
             if _local(objective, trial, at) < _local(objective, plan, at):
                 plan = trial
             done += 1
-            if options.progress is not None:
-                options.progress((number * layers + done) / (_SWEEPS * layers))
+            search.report((number * layers + done) / (_SWEEPS * layers))
     return plan
 
 
@@ -118,35 +99,27 @@ def _local(objective: Objective, plan: Plan, at: int) -> float:
     return float(objective.joined(total))
 
 
-def _task(
-    objective: Objective,
-    constraints: Constraints,
-    options: Options,
-    plan: Plan,
-    keep: Plan | None,
-    at: int,
-    seconds: float | None,
-) -> LayerTask:
-    table = plan.slots[at]
+def _task(search: Search, plan: Plan, at: int, seconds: float | None) -> LayerTask:
+    objective, table = search.objective, plan.slots[at]
     offset = np.zeros(len(objective.workload.scenarios))
     if objective.aggregate == "min-max":
         means = objective.layer_means(plan)
         offset = means.sum(1) - means[:, at]
     items = items_of(objective, at, plan.replicas[at])
     return LayerTask(
-        objective.on(denoised(objective.workload)),
+        search.smooth,
         at,
         int(table.shape[1]),
         (table,),
-        constraints.groups,
-        constraints.pins(objective.model.layer_ids[at]),
+        search.constraints.groups,
+        search.pins(at),
         offset,
-        options.effort,
-        options.seed + at,
+        search.options.effort,
+        search.options.seed + at,
         seconds,
         pull(objective, plan, at, items),
         only_given_starts=True,
-        even_as=None if keep is None else keep.slots[at],
+        even_as=None if search.keep is None else search.keep.slots[at],
     )
 
 

@@ -21,6 +21,7 @@ from regraft.solvers.placement.auto.state import Frame, State
 from regraft.solvers.placement.metrics import balancedness
 from regraft.solvers.placement.objective import Objective
 from regraft.solvers.placement.plan import Slots
+from regraft.solvers.placement.repair import duplicates, without_duplicates
 from regraft.solvers.placement.workload import Workload
 
 #: More tokens than any sample has.
@@ -44,6 +45,8 @@ class Effort:
     #: Steps at the end that look at all tokens, and at this many batches.
     last_steps: int = 12
     last_batches: int = 64
+    #: Random swaps per slot where all layers are annealed at once.
+    swaps: int = 2000
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class LayerTask:
     #: Under "min-max": unevenness of the other layers, ``[scenarios]``, as a mean over all, and this layer's part.
     uneven: Array | None = None
     part: float = 1.0
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return self.objective.model.num_experts
 
 
 def layer_objective(objective: Objective, at: int) -> Objective:
@@ -133,19 +141,42 @@ def _starts(task: LayerTask) -> Iterator[tuple[Items, Ints]]:
     yield _best_given(task)
     if task.only_given_starts:
         return
+    for items, rank in _made_starts(task):
+        apart = _apart(task, items, rank)
+        if apart is not None:
+            items, rank = apart
+            yield items, pin(rank, items.expert, task.pinned)
+
+
+def _made_starts(task: LayerTask) -> Iterator[tuple[Items, Ints]]:
     cells = cells_of(task.objective, task.at, task.size, task.groups)
     items = items_of(task.objective, task.at, cells.count)
-    yield items, _pinned(task, items, _packed(task, items, cells.cell_of_item(items), cells.cell_of_rank))
+    yield items, _packed(task, items, cells.cell_of_item(items), cells.cell_of_rank)
     useful = task.pull is None and set(task.objective.communication) == {"dispatch"}
     if useful and task.groups == "free" and all(tokens is not None for tokens in items.tokens):
         for by_rank in (False, True):
-            yield items, _pinned(task, items, _grouped(task, items, by_rank))
+            yield items, _grouped(task, items, by_rank)
+
+
+def _apart(task: LayerTask, items: Items, rank: Ints) -> tuple[Items, Ints] | None:
+    """The start with no expert twice on a rank: copies that groups brought together are swapped away. None where groups
+    forbid that.
+    """
+    table = table_of(rank, items, task.objective.cluster.num_ranks)
+    if not duplicates(table):
+        return items, rank
+    if task.groups != "free":
+        return None
+    weight = np.bincount(items.expert, items.weight, minlength=task.num_experts) / np.maximum(items.count, 1)
+    table = without_duplicates(table, task.num_experts, weight)
+    items = items_of(task.objective, task.at, np.bincount(table.reshape(-1), minlength=task.num_experts))
+    return items, ranks_of(table, items)
 
 
 def _best_given(task: LayerTask) -> tuple[Items, Ints]:
     made = []
     for table in task.tables:
-        items = items_of(task.objective, task.at, np.bincount(table.reshape(-1), minlength=_experts(task)))
+        items = items_of(task.objective, task.at, np.bincount(table.reshape(-1), minlength=task.num_experts))
         rank = ranks_of(table, items)
         made.append((State(task.objective, task.at, items, rank, frame_of(task, items, rank)).score, items, rank))
     _, items, rank = min(made, key=lambda entry: entry[0])
@@ -172,10 +203,6 @@ def _grouped(task: LayerTask, items: Items, by_rank: bool) -> Ints:
         first = int(cluster.node_sizes[:number].sum())
         rank[own] = first + grouping.clusters(together[np.ix_(own, own)], sizes, task.seed)
     return rank
-
-
-def _pinned(task: LayerTask, items: Items, rank: Ints) -> Ints:
-    return pin(rank, items.expert, task.pinned)
 
 
 def frame_of(task: LayerTask, items: Items, rank: Ints) -> Frame:
@@ -216,7 +243,3 @@ def _scale(task: LayerTask) -> float:
     objective = task.objective
     ideal = [s.counts[:, task.at].sum(1).mean() / objective.rates.sum() for s in objective.workload.scenarios]
     return float(objective.joined(np.array(ideal)))
-
-
-def _experts(task: LayerTask) -> int:
-    return task.objective.model.num_experts

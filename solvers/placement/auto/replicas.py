@@ -50,17 +50,21 @@ def scenario_load(objective: Objective, at: int) -> Array:
     return mean
 
 
-def budgeted_slots(objective: Objective, constraints: Constraints, most_extra: int = 4) -> SlotCounts:
+def budgeted_slots(
+    objective: Objective, constraints: Constraints, most_extra: int = 4, budget: float | None = None
+) -> SlotCounts:
     """Slots per rank in each layer, spent where they balance most, within the constraints' memory.
 
-    Each layer gets what its experts need and up to ``most_extra`` slots per rank more; the gain of a slot is the drop
-    of the smallest possible largest rank load. Raises ``PlacementError`` where not even one copy of each expert fits.
+    Each layer gets what its experts need and up to ``most_extra`` slots per rank more, in all at most ``budget`` bytes
+    of them per rank; the gain of a slot is the drop of the smallest possible largest rank load. Raises
+    ``PlacementError`` where not even one copy of each expert fits.
     """
     model, cluster = objective.model, objective.cluster
     least = -(-model.num_experts // cluster.num_ranks)
     base = np.full(model.num_layers, least, dtype=np.int64)
     check_memory(base, model, cluster, constraints)
-    room = int(constraints.budget(cluster).min() // model.expert_bytes) - int(base.sum())
+    bytes_left = float(constraints.budget(cluster).min()) - float(base.sum()) * model.expert_bytes
+    room = int((bytes_left if budget is None else min(bytes_left, budget)) // model.expert_bytes)
     most_extra = min(most_extra, model.num_experts - least)
     options = np.arange(most_extra + 1)
     values = [_largest_loads(objective, at, least, most_extra) for at in range(model.num_layers)]

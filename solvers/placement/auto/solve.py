@@ -19,12 +19,14 @@ from regraft.solvers.placement.auto.layer import Effort
 from regraft.solvers.placement.auto.options import Options
 from regraft.solvers.placement.auto.packing import level, pack_items
 from regraft.solvers.placement.auto.restrained import improve_within_moves
+from regraft.solvers.placement.auto.search import Search
+from regraft.solvers.placement.auto.together import improve_together
 from regraft.solvers.placement.baselines.all import quick_baselines
 from regraft.solvers.placement.constraints import Constraints, check_memory, check_pins, validate, violations
 from regraft.solvers.placement.errors import PlacementError
 from regraft.solvers.placement.objective import Objective
 from regraft.solvers.placement.plan import Plan, Slots
-from regraft.solvers.placement.repair import without_duplicates
+from regraft.solvers.placement.repair import duplicates, refilled, without_duplicates
 from regraft.solvers.placement.slots import SlotCounts
 
 
@@ -72,7 +74,9 @@ def solve(
     best = min(candidates.values(), key=objective.value)
     stop = "optimal" if values_close(objective.value(best), below) else "effort"
     if stop != "optimal" and not clock.out:
-        best = _improved(objective, slots, constraints, options, (best, reference, candidates), clock, executor)
+        best = _improved(
+            Search(objective, slots, constraints, options, clock, executor, candidates, best, reference, raw)
+        )
     value = objective.value(best)
     if values_close(value, below):
         stop = "optimal"
@@ -136,23 +140,30 @@ def _valid_starts(
         loose = replace(constraints, current=None, max_moves=None)
         validate(constraints.current, model, cluster, loose)
         return {"current": constraints.current}
-    mended = {name: _mended(plan, objective) for name, plan in raw.items()}
+    mended = {name: plan for own, made in raw.items() for name, plan in _mended(own, made, objective).items()}
     if constraints.current is not None:
         mended["current"] = constraints.current
     found = {name: plan for name, plan in mended.items() if not violations(plan, model, cluster, constraints)}
     if constraints.current is not None and constraints.current.slots_per_rank != tuple(int(s) for s in slots):
         found.pop("current", None)
-    found["packed"] = _packed(objective, slots, constraints)
+    packed = _packed(objective, slots, constraints)
+    if not found or not violations(packed, model, cluster, constraints):
+        found["packed"] = packed
     return found
 
 
-def _mended(plan: Plan, objective: Objective) -> Plan:
+def _mended(name: str, plan: Plan, objective: Objective) -> dict[str, Plan]:
+    """The plan without second copies on a rank: these swapped away, or given up for copies of other experts."""
     mean = objective.workload.mean_counts
-    tables = []
+    swapped, filled = [], []
     for at, table in enumerate(plan.slots):
         load = mean[at] / np.maximum(plan.replicas[at], 1)
-        tables.append(np.sort(without_duplicates(table, plan.num_experts, load), axis=1))
-    return replace(plan, slots=tuple(tables))
+        swapped.append(np.sort(without_duplicates(table, plan.num_experts, load), axis=1))
+        filled.append(np.sort(refilled(table, plan.num_experts, mean[at]), axis=1))
+    found = {name: replace(plan, slots=tuple(swapped))}
+    if any(duplicates(table) for table in plan.slots):
+        found[f"{name} refilled"] = replace(plan, slots=tuple(filled))
+    return found
 
 
 def _packed(objective: Objective, slots: SlotCounts, constraints: Constraints) -> Plan:
@@ -177,35 +188,30 @@ def _packed(objective: Objective, slots: SlotCounts, constraints: Constraints) -
     return Plan(model.num_experts, model.layer_ids, model.num_hidden_layers, tuple(tables), model.name, "packed")
 
 
-def _improved(
-    objective: Objective,
-    slots: SlotCounts,
-    constraints: Constraints,
-    options: Options,
-    plans: tuple[Plan, Plan | None, dict[str, Plan]],
-    clock: Clock,
-    executor: Executor | None,
-) -> Plan:
-    best, reference, candidates = plans
-    options = replace(options, effort=_enough(options.effort, slots, objective.cluster.num_ranks))
-    keep = reference if options.keep_balance and _balance_counts(objective) else None
-    if constraints.max_moves is not None:
-        return improve_within_moves(objective, constraints, options, best, clock)
-    if objective.chained:
-        return improve_chain(objective, slots, constraints, options, (best, keep, candidates), clock, executor)
-    return improve_layers(objective, slots, constraints, options, (best, keep, candidates), clock, executor)
+def _improved(search: Search) -> Plan:
+    options = replace(search.options, effort=_enough(search))
+    search = replace(search, options=options, keep=search.keep if _balance_counts(search) else None)
+    if search.constraints.max_moves is not None:
+        return improve_within_moves(search)
+    if search.objective.chained:
+        return improve_chain(search)
+    return improve_together(search) if search.objective.aggregate == "min-max" else improve_layers(search)
 
 
-def _enough(effort: Effort, slots: SlotCounts, ranks: int) -> Effort:
+def _enough(search: Search) -> Effort:
     """More kicks where there are fewer slots in all: every problem gets about as many evaluations of swaps."""
     largest = 16_000
-    more = int(np.clip(largest / max(int(slots.sum()) * ranks, 1), 1, 20))
+    slots = int(search.slots.sum()) * search.objective.cluster.num_ranks
+    more = int(np.clip(largest / max(slots, 1), 1, 20))
+    effort = search.options.effort
     return replace(effort, rounds=effort.rounds * more)
 
 
-def _balance_counts(objective: Objective) -> bool:
+def _balance_counts(search: Search) -> bool:
     """Equal token counts are an aim only where ranks are equally fast and scenarios are averaged."""
-    return objective.aggregate == "weighted" and bool(np.ptp(objective.cluster.speed) == 0.0)
+    objective = search.objective
+    even = objective.aggregate == "weighted" and bool(np.ptp(objective.cluster.speed) == 0.0)
+    return search.options.keep_balance and even
 
 
 def _notes(constraints: Constraints, reference: Plan | None) -> tuple[str, ...]:

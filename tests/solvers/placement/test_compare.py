@@ -23,7 +23,7 @@ from regraft.solvers.placement.slots import uniform_slots
 from regraft.solvers.placement.synthetic import planted_trace
 from tests.solvers.placement.cases import TWO_BY_TWO, objective_of, planted
 
-QUICK = Options(time_limit=4.0, effort=Effort(steps=20, rounds=0, programs=0))
+QUICK = Options(time_limit=4.0, effort=Effort(steps=20, rounds=0, programs=0, swaps=50))
 
 
 def small(communication: str = "dispatch") -> Objective:

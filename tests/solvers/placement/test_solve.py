@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from regraft.solvers.placement.auto.layer import Effort
@@ -25,7 +25,7 @@ from regraft.solvers.placement.synthetic import power_law_trace
 from regraft.solvers.placement.trace import Batch, Trace
 from tests.solvers.placement.cases import TWO_BY_TWO, objective_of, planted, random_trace
 
-QUICK = Options(time_limit=None, effort=Effort(steps=40, rounds=0, programs=1))
+QUICK = Options(time_limit=None, effort=Effort(steps=40, rounds=0, programs=1, swaps=50))
 
 
 def solved(objective: Objective, redundant: int = 0, options: Options = QUICK, **facts: Any) -> Solution:
@@ -44,8 +44,11 @@ def solved(objective: Objective, redundant: int = 0, options: Options = QUICK, *
     redundant=st.sampled_from([0, 4]),
     aggregate=st.sampled_from(["weighted", "min-max"]),
 )
-@settings(max_examples=12, deadline=None)
+@example(seed=355, communication="resident", split="even", redundant=4, aggregate="weighted")
+@example(seed=13, communication="dispatch", split="even", redundant=4, aggregate="weighted")
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_never_worse_than_a_baseline(seed: int, communication: str, split: str, redundant: int, aggregate: str) -> None:
+    """Also than EPLB's with two copies on a rank (355), and where co-activation brings copies together (13)."""
     trace = random_trace(seed, experts=16, top_k=3)
     named = replace(trace, batches=tuple(replace(b, scenario="ab"[n % 2]) for n, b in enumerate(trace.batches)))
     objective = objective_of(named, TWO_BY_TWO, communication, split=split, aggregate=aggregate)
