@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from regraft.files import replacing
-from regraft.placement.executors import executor_of
-from regraft.placement.traces import model_of, read_any_trace, read_model
+from regraft.placement.traces import model_of, read_model, stored_trace
 from regraft.solvers.placement.auto.options import Options
+from regraft.solvers.placement.auto.replicas import budgeted_slots
+from regraft.solvers.placement.baselines.moetuner import fits
 from regraft.solvers.placement.cluster import PRESETS, Cluster, preset, read_cluster
 from regraft.solvers.placement.compare import Comparison, compare
 from regraft.solvers.placement.constraints import Constraints, violations
 from regraft.solvers.placement.errors import PlacementError
 from regraft.solvers.placement.exports.all import export, read_export
+from regraft.solvers.placement.exports.kinds import OWN_FORM, plan_form
 from regraft.solvers.placement.model import MoeModel
 from regraft.solvers.placement.objective import Objective
 from regraft.solvers.placement.plan import Plan
+from regraft.solvers.placement.readers.stored import PIECE_BYTES, observe_stored
 from regraft.solvers.placement.slots import SlotCounts, uniform_slots
+from regraft.solvers.placement.statistics import Limits, Statistics
+from regraft.solvers.placement.trace import split_numbers
 from regraft.solvers.placement.workload import workload_of
 
-OWN_FORM = "regraft"
 _GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is planned, as named on the command line; ``memory`` in GB per rank, ``time_limit`` in seconds."""
+    """What is planned, as named on the command line; ``memory`` and ``replica_budget`` in GB per rank, ``time_limit``
+    in seconds. No more than about ``piece_bytes`` of the trace is read at a time.
+    """
 
     trace: Path
     topology: str
@@ -38,9 +45,11 @@ class Request:
     weight_type: str = "bf16"
     top_k: int | None = None
     redundant: int = 0
+    replica_budget: float | None = None
     memory: float | None = None
     groups: str = "free"
     current: Path | None = None
+    current_form: str | None = None
     max_moves: int | None = None
     communication: str = "dispatch"
     split: str = "even"
@@ -49,7 +58,7 @@ class Request:
     holdout: float = 0.0
     time_limit: float = 60.0
     seed: int = 0
-    executor: str | None = None
+    piece_bytes: int = PIECE_BYTES
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,15 @@ class Problem:
     assumed: list[str]
 
 
-def problem_of(request: Request) -> Problem:
-    """Read all files of a request. Raises ``PlacementError`` for what is missing, malformed or contradictory."""
+def problem_of(request: Request, executor: Executor | None = None) -> Problem:
+    """Read all files of a request; pieces of a large trace in parallel with an ``executor``.
+
+    Raises ``PlacementError`` for what is missing, malformed or contradictory.
+    """
     cluster = read_topology(request.topology)
     given = None if request.config is None else read_model(request.config, request.weight_type)
-    trace = read_any_trace(request.trace, given, request.top_k)
-    model = model_of(trace, given)
-    planned, scored = (trace, None) if request.holdout == 0.0 else trace.split(1.0 - request.holdout)
+    planned, scored = _statistics(request, cluster, given, executor)
+    model = model_of(planned, given)
     objective = Objective(
         model,
         cluster,
@@ -78,8 +89,9 @@ def problem_of(request: Request) -> Problem:
         request.split,
         request.aggregate,
     )
-    current = None if request.current is None else Plan.load(request.current)
-    if current is not None:
+    current = None
+    if request.current is not None:
+        current = read_plan(request.current, request.current_form, model, cluster.num_ranks)
         objective.check_plan(current)
     return Problem(
         request,
@@ -95,19 +107,12 @@ def problem_of(request: Request) -> Problem:
     )
 
 
-def solve_problem(problem: Problem, progress: Callable[[float], None] | None = None) -> Comparison:
+def solve_problem(
+    problem: Problem, progress: Callable[[float], None] | None = None, executor: Executor | None = None
+) -> Comparison:
     """Plan, beside every baseline. Raises ``PlacementError`` where no plan can satisfy the constraints."""
-    request = problem.request
-    options = Options(request.time_limit, request.seed, progress=progress)
-    slots = _slots(problem)
-    with executor_of(request.executor) as executor:
-        try:
-            return compare(problem.objective, slots, problem.constraints, options, executor, problem.held_out)
-        except BrokenProcessPool as error:
-            raise PlacementError(
-                f"a process of executor {request.executor!r} ended early, perhaps for lack of memory; "
-                "use fewer processes, or none"
-            ) from error
+    options = Options(problem.request.time_limit, problem.request.seed, progress=progress)
+    return compare(problem.objective, _slots(problem), problem.constraints, options, executor, problem.held_out)
 
 
 def write_plan(plan: Plan, form: str, path: Path) -> None:
@@ -121,14 +126,20 @@ def write_plan(plan: Plan, form: str, path: Path) -> None:
             export(plan, form, temporary)
 
 
+def read_plan(path: Path, form: str | None, model: MoeModel, num_ranks: int) -> Plan:
+    """A plan in our form or an engine's; without ``form`` it is told by the content. Raises ``PlacementError``."""
+    known = plan_form(path) if form is None else form
+    return Plan.load(path) if known == OWN_FORM else read_export(known, path, model, num_ranks)
+
+
 def faults_of(
-    file: Path, form: str, config: Path, topology: str, weight_type: str, memory: float | None, groups: str
+    file: Path, form: str | None, config: Path, topology: str, weight_type: str, memory: float | None, groups: str
 ) -> tuple[Plan, list[str]]:
     """A file's plan and every constraint that it breaks. Raises ``PlacementError`` for a file of another form or
     model.
     """
     cluster, model = read_topology(topology), read_model(config, weight_type)
-    plan = Plan.load(file) if form == OWN_FORM else read_export(form, file, model, cluster.num_ranks)
+    plan = read_plan(file, form, model, cluster.num_ranks)
     budget = None if memory is None else memory * _GIGABYTE
     return plan, violations(plan, model, cluster, Constraints(groups, memory=budget))
 
@@ -144,10 +155,28 @@ def read_topology(text: str) -> Cluster:
     return read_cluster(text)
 
 
+def _statistics(
+    request: Request, cluster: Cluster, given: MoeModel | None, executor: Executor | None
+) -> tuple[Statistics, Statistics | None]:
+    """Of the batches that are planned on, and of those that are held out. Transitions take long to count: only where
+    the communication model or MoETuner's programs need them.
+    """
+    stored = stored_trace(request.trace, given, request.top_k)
+    wanted = request.communication == "resident" or fits(cluster.num_ranks, stored.num_layers)
+    limits = Limits(coactivation=False, transitions=wanted)
+    observe = partial(observe_stored, stored, limits=limits, executor=executor, piece_bytes=request.piece_bytes)
+    if request.holdout == 0.0:
+        return observe(), None
+    planned, scored = split_numbers(stored.scenarios, 1.0 - request.holdout)
+    return observe(planned), observe(scored)
+
+
 def _slots(problem: Problem) -> SlotCounts:
-    """Uniform slots; under a bound on moves, those of the plan in service."""
-    objective, current = problem.objective, problem.constraints.current
-    redundant = problem.request.redundant
+    """Uniform slots, or as a budget for copies buys; under a bound on moves, those of the plan in service."""
+    objective, request = problem.objective, problem.request
+    current, redundant = problem.constraints.current, request.redundant
+    if request.replica_budget is not None:
+        return budgeted_slots(objective, problem.constraints, budget=request.replica_budget * _GIGABYTE)
     if problem.constraints.max_moves is None or current is None:
         return uniform_slots(objective.model, objective.cluster, redundant)
     slots = np.array(current.slots_per_rank, dtype=np.int64)

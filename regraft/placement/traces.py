@@ -1,21 +1,20 @@
-"""Reading a routing trace of any form, and holding it against the model that it is said to be of."""
+"""A routing trace of any form, and holding it against the model that it is said to be of."""
 
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
-from typing import Any
 
+from regraft.placement.sglang import SglangTrace
 from regraft.solvers.placement.errors import PlacementError
 from regraft.solvers.placement.model import MoeModel
 from regraft.solvers.placement.readers.counts_json import read_counts_json
 from regraft.solvers.placement.readers.kinds import kind_of
-from regraft.solvers.placement.readers.native import read_trace
-from regraft.solvers.placement.readers.sglang import trace_of_passes, trace_of_statistics
-from regraft.solvers.placement.readers.tensorrt_llm import read_tensorrt_llm
-from regraft.solvers.placement.readers.vllm import read_vllm
-from regraft.solvers.placement.trace import Trace
+from regraft.solvers.placement.readers.native import NativeTrace
+from regraft.solvers.placement.readers.stored import Held, Stored
+from regraft.solvers.placement.readers.tensorrt_llm import TensorRtTrace
+from regraft.solvers.placement.readers.vllm import VllmTrace
+from regraft.solvers.placement.statistics import Statistics
 
 
 def read_model(path: Path, weight_type: str = "bf16") -> MoeModel:
@@ -37,19 +36,19 @@ def read_model(path: Path, weight_type: str = "bf16") -> MoeModel:
         raise PlacementError(f"config {file.name!r} has a value of the wrong kind: {error}") from error
 
 
-def read_any_trace(path: Path, model: MoeModel | None = None, top_k: int | None = None) -> Trace:
-    """Read a trace whose form is told by its content.
+def stored_trace(path: Path, model: MoeModel | None = None, top_k: int | None = None) -> Stored:
+    """A trace whose form is told by its content, looked into but not read.
 
     ``model`` names the expert layers where the trace does not, and experts per token; ``top_k`` the latter alone.
     Raises ``PlacementError`` for what cannot be read, and where neither says what the trace leaves open.
     """
     kind = kind_of(path)
     if kind in ("npz", "safetensors"):
-        return read_trace(path)
+        return NativeTrace.open(path)
     if kind == "counts":
-        return read_counts_json(path)
+        return Held(read_counts_json(path))
     if kind == "trtllm":
-        return read_tensorrt_llm(path)
+        return TensorRtTrace.open(path)
     chosen = top_k if model is None else model.top_k
     if chosen is None:
         raise PlacementError(
@@ -57,10 +56,10 @@ def read_any_trace(path: Path, model: MoeModel | None = None, top_k: int | None 
             "pass --config or --top-k"
         )
     layers = None if model is None else model.layer_ids
-    return read_vllm(path, chosen, layers) if kind == "vllm" else _read_sglang(path, chosen, layers)
+    return VllmTrace.open(path, chosen, layers) if kind == "vllm" else SglangTrace.open(path, chosen, layers)
 
 
-def model_of(trace: Trace, model: MoeModel | None = None) -> MoeModel:
+def model_of(trace: Statistics, model: MoeModel | None = None) -> MoeModel:
     """``model`` after it was held against the trace; without one, the trace's own sizes and experts as large as
     DeepSeek-V3's. Raises ``PlacementError`` where they differ.
     """
@@ -88,42 +87,3 @@ def model_of(trace: Trace, model: MoeModel | None = None) -> MoeModel:
             "pass the config of the model that was recorded"
         )
     return model
-
-
-def _read_sglang(path: Path, top_k: int, layers: tuple[int, ...] | None) -> Trace:
-    loaded = _load(path)
-    if not isinstance(loaded, dict):
-        raise PlacementError(
-            f"{path.name!r} holds a {type(loaded).__name__}; expected the dictionary that SGLang's recorder writes"
-        )
-    try:
-        if "records" in loaded:
-            return trace_of_passes(loaded, top_k, layers)
-        return trace_of_statistics(loaded, top_k, layers)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise PlacementError(f"{path.name!r} is no recording of SGLang: {error!r} is missing or malformed") from error
-
-
-def _load(path: Path) -> Any:
-    """A torch file's contents as numpy arrays; nothing in it is executed."""
-    import torch
-
-    try:
-        return _arrays(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        said = (str(error).strip().splitlines() or ["no message"])[0]
-        raise PlacementError(
-            f"torch file {path.name!r} cannot be read as tensors alone: {said}; expected SGLang's recording"
-        ) from error
-
-
-def _arrays(value: Any) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    if isinstance(value, dict):
-        return {key: _arrays(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_arrays(entry) for entry in value]
-    return value

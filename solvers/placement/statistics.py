@@ -6,16 +6,20 @@ that pieces can be counted in any process and in any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regraft.solvers.placement.errors import PlacementError
 from regraft.solvers.placement.trace import Batch, Counts, Experts, Trace
+
+Task = TypeVar("Task")
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,16 @@ class Sample:
     rows: NDArray[np.generic]
 
     def merge(self, other: Sample, limit: int) -> Sample:
-        """The ``limit`` lowest of both."""
-        keys = np.concatenate([self.keys, other.keys])
+        """The ``limit`` lowest of both, in order; both are in order."""
+        keys, rows = other.keys, other.rows
+        if len(self.keys) == limit:  # most of a long trace is turned away here, before anything is copied
+            fits = int(np.searchsorted(keys, self.keys[-1]))
+            if fits == 0:
+                return self
+            keys, rows = keys[:fits], rows[:fits]
+        keys = np.concatenate([self.keys, keys])
         order = np.argsort(keys, kind="stable")[:limit]
-        return Sample(keys[order], np.concatenate([self.rows, other.rows])[order])
+        return Sample(keys[order], np.concatenate([self.rows, rows])[order])
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,9 @@ class Routing:
     """Statistics of one scenario and phase. Counts are tokens.
 
     ``counts`` is ``[layers, experts]``; ``coactivation`` ``[layers, experts, experts]`` how many tokens chose both
-    experts (zero on the diagonal); ``transitions`` ``[layers - 1, experts, experts]`` how many copies go from an expert
-    to one of the next recorded layer, a token's ``top_k`` by ``top_k`` pairs weighing ``1 / top_k`` each.
+    experts (zero on the diagonal); ``transitions`` ``[layers - 1, experts, experts]`` how often a token that chose one
+    chose the other in the next recorded layer: a token has ``top_k`` by ``top_k`` pairs. Sums are of whole numbers, so
+    that they do not depend on the order of adding.
     """
 
     batches: int
@@ -93,6 +104,12 @@ class Statistics:
     num_hidden_layers: int
     routing: dict[tuple[str, str], Routing]
     limits: Limits = field(default_factory=Limits)
+    model_name: str = ""
+
+    @property
+    def num_layers(self) -> int:
+        """Expert layers."""
+        return len(self.layer_ids)
 
     def merge(self, other: Statistics) -> Statistics:
         """Both together. Raises ``PlacementError`` where they are of different models."""
@@ -106,7 +123,17 @@ class Statistics:
         routing = dict(self.routing)
         for key, value in other.routing.items():
             routing[key] = routing[key].merge(value, self.limits) if key in routing else value
-        return Statistics(self.num_experts, self.top_k, self.layer_ids, self.num_hidden_layers, routing, self.limits)
+        return replace(self, routing=routing)
+
+    def with_transitions(self, given: Mapping[str, NDArray[np.float64]]) -> Statistics:
+        """With transitions that the trace holds itself, by scenario, where its tokens do not tell them."""
+        routing = {
+            (scenario, phase): replace(value, transitions=given[scenario])
+            if value.transitions is None and scenario in given
+            else value
+            for (scenario, phase), value in self.routing.items()
+        }
+        return replace(self, routing=routing)
 
 
 def observe(trace: Trace, limits: Limits | None = None, first_batch: int = 0) -> Statistics:
@@ -117,11 +144,10 @@ def observe(trace: Trace, limits: Limits | None = None, first_batch: int = 0) ->
         key = (batch.scenario, batch.phase)
         seen = _observe_batch(batch, trace, limits, first_batch + number)
         routing[key] = routing[key].merge(seen, limits) if key in routing else seen
-    for (scenario, phase), value in routing.items():
-        given = trace.transitions.get(scenario)
-        if given is not None and value.transitions is None:
-            routing[scenario, phase] = _with_transitions(value, given)
-    return Statistics(trace.num_experts, trace.top_k, trace.layer_ids, trace.num_hidden_layers, routing, limits)
+    found = Statistics(
+        trace.num_experts, trace.top_k, trace.layer_ids, trace.num_hidden_layers, routing, limits, trace.model_name
+    )
+    return found.with_transitions(trace.transitions)
 
 
 def aggregate(
@@ -129,22 +155,41 @@ def aggregate(
     limits: Limits | None = None,
     executor: Executor | None = None,
     batches_per_piece: int = 1 << 20,
+    transitions: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> Statistics:
     """The statistics of a trace that comes in pieces, no more than a few of which are in memory at a time.
 
     A piece is a trace or a function that reads it (where another process is to read it, one that can be pickled).
-    ``batches_per_piece`` is at least the batches of any piece. With an ``executor`` pieces are counted in parallel.
-    Raises ``PlacementError`` where there is no piece or pieces are of different models.
+    ``batches_per_piece`` is at least the batches of any piece; where all but the last have as many, the result is that
+    of observing the whole. ``transitions`` are those that the trace holds itself, by scenario. With an ``executor``
+    pieces are counted in parallel. Raises ``PlacementError`` where there is no piece or pieces are of different models.
     """
     whole: Statistics | None = None
     numbered = ((piece, number * batches_per_piece) for number, piece in enumerate(pieces))
     work = partial(_observe_piece, limits or Limits())
-    results = map(work, numbered) if executor is None else executor.map(work, numbered)
-    for statistics in results:
+    for statistics in map(work, numbered) if executor is None else _windowed(executor, work, numbered):
         whole = statistics if whole is None else whole.merge(statistics)
     if whole is None:
         raise PlacementError("no piece of a trace was given; expected at least one file or batch")
-    return whole
+    return whole.with_transitions(transitions or {})
+
+
+def _windowed(
+    executor: Executor, function: Callable[[Task], Statistics], tasks: Iterable[Task]
+) -> Iterator[Statistics]:
+    """As ``Executor.map``, but only a few tasks are handed over at a time: results that wait take memory."""
+    waiting: deque[Future[Statistics]] = deque()
+    most = 2 * max(1, int(getattr(executor, "_max_workers", 1)))
+    try:
+        for task in tasks:
+            waiting.append(executor.submit(function, task))
+            if len(waiting) >= most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _observe_piece(limits: Limits, numbered: tuple[Trace | Callable[[], Trace], int]) -> Statistics:
@@ -164,14 +209,13 @@ def coactivation(experts: Experts, num_experts: int) -> Counts:
 
 
 def transitions(experts: Experts, num_experts: int) -> NDArray[np.float64]:
-    """Copies that go from an expert to one of the next layer, ``[layers - 1, experts, experts]``."""
+    """Pairs of choices in a layer and in the next, ``[layers - 1, experts, experts]``."""
     layers, _, top_k = experts.shape
     moves = np.zeros((max(layers - 1, 0), num_experts, num_experts))
     for layer in range(layers - 1):
         for first in range(top_k):
             for second in range(top_k):
                 moves[layer] += _pairs(experts[layer, :, first], experts[layer + 1, :, second], num_experts)
-    moves /= top_k
     return moves
 
 
@@ -195,12 +239,6 @@ def _observe_batch(batch: Batch, trace: Trace, limits: Limits, number: int) -> R
         moves = transitions(batch.experts, trace.num_experts) if limits.transitions else None
     tokens = batch.num_tokens or int(batch.counts.sum(1).max()) // trace.top_k
     return Routing(1, tokens, batch.counts.astype(np.int64), kept, sample, sources, together, moves)
-
-
-def _with_transitions(value: Routing, given: NDArray[np.float64]) -> Routing:
-    return Routing(
-        value.batches, value.tokens, value.counts, value.kept, value.sample, value.sources, value.coactivation, given
-    )
 
 
 def _keys(batch: int, tokens: int) -> NDArray[np.uint64]:

@@ -127,27 +127,38 @@ class Trace:
 
     def split(self, fraction: float) -> tuple[Trace, Trace]:
         """The first ``fraction`` of the batches to plan on, the rest to score on; each scenario is split alike."""
-        if not 0.0 < fraction < 1.0:
-            raise PlacementError(f"a fraction of {fraction} was given; expected one between 0 and 1")
-        first: list[Batch] = []
-        second: list[Batch] = []
-        for scenario in self.scenarios:
-            own = [batch for batch in self.batches if batch.scenario == scenario]
-            if len(own) < 2:
-                raise PlacementError(
-                    f"scenario {scenario!r} has one batch; expected at least two to hold some out; "
-                    "record more batches or score on another trace"
-                )
-            cut = min(max(1, round(len(own) * fraction)), len(own) - 1)
-            first += own[:cut]
-            second += own[cut:]
-        return replace(self, batches=tuple(first)), replace(self, batches=tuple(second))
+        first, second = split_numbers([batch.scenario for batch in self.batches], fraction)
+        parts = [tuple(self.batches[number] for number in numbers) for numbers in (first, second)]
+        return replace(self, batches=parts[0]), replace(self, batches=parts[1])
 
     def chunks(self, size: int) -> Iterator[Trace]:
-        """The trace in pieces of ``size`` batches. Transitions that the trace holds itself go with the first piece."""
+        """The trace in pieces of ``size`` batches, without the transitions that it holds itself."""
         for start in range(0, len(self.batches), size):
-            transitions = self.transitions if start == 0 else {}
-            yield replace(self, batches=self.batches[start : start + size], transitions=transitions)
+            yield replace(self, batches=self.batches[start : start + size], transitions={})
+
+
+def split_numbers(scenarios: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
+    """Numbers of the batches to plan on, the first ``fraction`` of each scenario's, and of the rest.
+
+    ``scenarios`` is each batch's. Raises ``PlacementError`` where a scenario has one batch.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise PlacementError(f"a fraction of {fraction} was given; expected one between 0 and 1")
+    numbers: dict[str, list[int]] = {}
+    for number, scenario in enumerate(scenarios):
+        numbers.setdefault(scenario, []).append(number)
+    first: list[int] = []
+    second: list[int] = []
+    for scenario, own in numbers.items():
+        if len(own) < 2:
+            raise PlacementError(
+                f"scenario {scenario!r} has one batch; expected at least two to hold some out; "
+                "record more batches or score on another trace"
+            )
+        cut = min(max(1, round(len(own) * fraction)), len(own) - 1)
+        first += own[:cut]
+        second += own[cut:]
+    return first, second
 
 
 def _check_batch(batch: Batch, number: int, trace: Trace) -> None:

@@ -42,21 +42,26 @@ def moetuner(
     ranks = cluster.num_ranks
     if (slots * ranks != model.num_experts).any():
         raise PlacementError("MoETuner places every expert once; expected no redundant slots, and ranks that divide")
-    transitions = [scenario.transitions for scenario in objective.workload.scenarios]
-    if any(moves is None for moves in transitions):
-        raise PlacementError("MoETuner needs transitions between layers; record choices per token")
-    products = ranks**4 * (model.num_layers - 1)
-    if products > MOST_PRODUCTS:
+    if not fits(ranks, model.num_layers):
+        products = ranks**4 * (model.num_layers - 1)
         raise PlacementError(
             f"MoETuner's second program has {products} products of variables for {ranks} ranks and {model.num_layers} "
             f"layers; at most {MOST_PRODUCTS} are tried: use fewer ranks, or the method auto"
         )
+    transitions = [scenario.transitions for scenario in objective.workload.scenarios]
+    if any(moves is None for moves in transitions):
+        raise PlacementError("MoETuner needs transitions between layers; record choices per token")
     counts = objective.workload.mean_counts
     clusters = [cluster_experts(load, ranks, equal, seconds_per_layer) for load in counts]
     moves = np.sum([w * t for w, t in zip(objective.weights, transitions, strict=True) if t is not None], axis=0)
     places = map_clusters(clusters, moves, cluster, seconds_to_map)
     tables = tuple(_table(place[own], ranks) for own, place in zip(clusters, places, strict=True))
     return Plan(model.num_experts, model.layer_ids, model.num_hidden_layers, tables, model.name, "moetuner")
+
+
+def fits(ranks: int, layers: int) -> bool:
+    """Whether the second program is small enough to be tried."""
+    return ranks**4 * (layers - 1) <= MOST_PRODUCTS
 
 
 def cluster_experts(load: Array, clusters: int, equal: bool = False, seconds: float = 5.0) -> Ints:

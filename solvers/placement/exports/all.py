@@ -17,6 +17,9 @@ from regraft.solvers.placement.plan import Plan
 #: ``vllm`` is the form of pull request 41141; the others are ``vllm-<number>``.
 FORMATS = ("sglang", "trtllm", "vllm", *(f"vllm-{form}" for form in FORMS), "vllm-ascend", "omni", "easyinfra")
 
+#: Forms in which layers may differ in slots; the others want the same number in every layer.
+UNEQUAL_LAYERS = ("vllm-ascend", "omni")
+
 
 def export(plan: Plan, engine: str, path: Path | str) -> None:
     """Write ``plan`` in an engine's form. Raises ``PlacementError`` for an unknown name or a plan that does not fit."""

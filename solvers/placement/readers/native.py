@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from regraft.solvers.placement.errors import PlacementError
+from regraft.solvers.placement.readers.stored import whole_trace
 from regraft.solvers.placement.trace import Batch, Trace, whole_counts
 from regraft.solvers.placement.whole import replacing
 
@@ -42,36 +45,87 @@ def write_trace(trace: Trace, path: Path | str) -> None:
             save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, partial)
 
 
+@dataclass(frozen=True)
+class NativeTrace:
+    """Our own file as a ``Stored`` trace: an array is read when its batch is asked for."""
+
+    path: Path
+    scenarios: tuple[str, ...]
+    num_layers: int
+    size: int
+
+    @classmethod
+    def open(cls, path: Path | str) -> NativeTrace:
+        """Look into the file. Raises ``PlacementError`` for anything that ``write_trace`` did not write."""
+        path = Path(path)
+        with _opened(path) as arrays:
+            header = _header(arrays, path.name)
+            try:
+                scenarios = tuple(str(facts["scenario"]) for facts in header["batches"])
+                return cls(path, scenarios, len(header["layer_ids"]), _size(path))
+            except (KeyError, TypeError) as error:
+                raise _malformed(path.name, error) from error
+
+    def read(self, numbers: Sequence[int]) -> Trace:
+        """These batches in this order, without transitions."""
+        with _opened(self.path) as arrays:
+            return _unpack(arrays, self.path.name, numbers)
+
+    def transitions(self) -> dict[str, NDArray[np.float64]]:
+        """Transitions that the file holds itself."""
+        with _opened(self.path) as arrays:
+            names = _header(arrays, self.path.name).get("transitions", [])
+            return {scenario: arrays[f"transitions.{number}"] for number, scenario in enumerate(names)}
+
+
 def read_trace(path: Path | str) -> Trace:
     """Read a trace that ``write_trace`` wrote. Raises ``PlacementError`` for anything else."""
-    path = Path(path)
-    archive = _is_archive(path)
+    return whole_trace(NativeTrace.open(path))
+
+
+class _Tensors(Mapping[str, NDArray[Any]]):
+    """The arrays of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.names = file, set(file.keys())
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self.names:
+            raise KeyError(name)
+        array: NDArray[Any] = self.file.get_tensor(name)
+        return array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """The file's arrays, read one by one; what is wrong with the file is raised as ``PlacementError``."""
     try:
-        if archive:
+        if _is_archive(path):
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+                yield file
         else:
-            arrays = load_file(path)
+            with safe_open(path, framework="numpy") as file:
+                yield _Tensors(file)
+    except PlacementError:
+        raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         raise PlacementError(f"trace file {path.name!r} cannot be read: {error}") from error
-    return _unpack(arrays, path.name)
 
 
-def stream_trace(path: Path | str, batches: int = 64) -> Iterator[Trace]:
-    """An ``.npz`` trace in pieces of ``batches`` batches; only one piece is in memory. Errors as ``read_trace``."""
-    path = Path(path)
+def _size(path: Path) -> int:
     if not _is_archive(path):
-        yield from read_trace(path).chunks(batches)
-        return
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            count = len(json.loads(bytes(file["header"]))["batches"])
-            for start in range(0, count, batches):
-                yield _unpack(file, path.name, range(start, min(start + batches, count)))
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, PlacementError):
-            raise
-        raise PlacementError(f"trace file {path.name!r} cannot be read: {error}") from error
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        return sum(member.file_size for member in archive.infolist())
 
 
 def _is_archive(path: Path) -> bool:
@@ -110,30 +164,38 @@ def _pack(trace: Trace) -> Arrays:
     return arrays
 
 
-def _unpack(arrays: Mapping[str, NDArray[Any]], name: str, numbers: range | None = None) -> Trace:
+def _header(arrays: Mapping[str, NDArray[Any]], name: str) -> dict[str, Any]:
     try:
-        header = json.loads(bytes(arrays["header"]))
+        header: dict[str, Any] = json.loads(bytes(arrays["header"]))
         if header["format"] != FORMAT or header["version"] != VERSION:
             raise PlacementError(
                 f"{name!r} is {header['format']} version {header['version']}; expected {FORMAT} version {VERSION}"
             )
-        chosen = numbers if numbers is not None else range(len(header["batches"]))
-        batches = [_batch(arrays, number, header["batches"][number], header, name) for number in chosen]
-        scenarios = header["transitions"] if chosen.start == 0 else []
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _malformed(name, error) from error
+    return header
+
+
+def _unpack(arrays: Mapping[str, NDArray[Any]], name: str, numbers: Sequence[int]) -> Trace:
+    header = _header(arrays, name)
+    try:
         return Trace(
             header["num_experts"],
             header["top_k"],
             tuple(header["layer_ids"]),
-            tuple(batches),
+            tuple(_batch(arrays, number, header["batches"][number], header, name) for number in numbers),
             header["num_hidden_layers"],
             header["model_name"],
-            {scenario: arrays[f"transitions.{number}"] for number, scenario in enumerate(scenarios)},
         )
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlacementError(
-            f"{name!r} is no trace file of this project: {error!r} is missing or malformed; "
-            "expected a file written by write_trace; name the reader of its own format"
-        ) from error
+    except (KeyError, TypeError) as error:
+        raise _malformed(name, error) from error
+
+
+def _malformed(name: str, error: Exception) -> PlacementError:
+    return PlacementError(
+        f"{name!r} is no trace file of this project: {error!r} is missing or malformed; "
+        "expected a file written by write_trace; name the reader of its own format"
+    )
 
 
 def _batch(

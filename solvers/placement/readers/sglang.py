@@ -70,6 +70,18 @@ def trace_of_passes(
     return Trace(experts, top_k, chosen, batches, len(slots))
 
 
+def recorded_layers(recorded: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers with any count in a recording of either kind; dense ones have none."""
+    if "records" in recorded:
+        slots = np.asarray(recorded["last_physical_to_logical_map"]).astype(np.int64)
+        experts = int(slots.max()) + 1
+        counts = [_logical_counts(record, slots, experts) for record in recorded["records"]]
+        total = np.sum(counts, axis=0) if counts else np.zeros(slots.shape)
+    else:
+        total = np.asarray(recorded["logical_count"])
+    return tuple(int(layer) for layer in np.flatnonzero(total.reshape(-1, *total.shape[-2:]).sum((0, 2))))
+
+
 def _expert_layers(totals: NDArray[Any], layer_ids: Sequence[int] | None) -> tuple[int, ...]:
     if layer_ids is None:
         found = tuple(int(layer) for layer in np.flatnonzero(totals))

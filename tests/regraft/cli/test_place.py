@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
 from regraft.cli.main import app
@@ -21,26 +19,10 @@ from regraft.solvers.placement.plan import Plan
 from regraft.solvers.placement.readers.kinds import kind_of
 from regraft.solvers.placement.readers.native import write_trace
 from regraft.solvers.placement.slots import uniform_slots
-from regraft.solvers.placement.synthetic import planted_trace
-from regraft.solvers.placement.trace import Trace
+from tests.regraft.placement.recordings import CONFIG, EXPERTS, FORMS, LAYERS, TOP_K, counts_json, trace, vllm_lines
 
-LAYERS, EXPERTS, TOP_K, RANKS = 2, 8, 2, 4
-COUNTS = np.arange(1, 1 + LAYERS * EXPERTS).reshape(LAYERS, EXPERTS)
-CONFIG = {
-    "model_type": "mixtral",
-    "num_local_experts": EXPERTS,
-    "num_experts_per_tok": TOP_K,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": LAYERS,
-}
+RANKS = 4
 TOPOLOGY = "nodes = 2\ngpus_per_node = 2\n[gpu]\nmemory = 1.0\n"
-
-
-def trace(**facts: Any) -> Trace:
-    """Tokens with two hidden groups."""
-    sizes: dict[str, Any] = dict(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, groups=2, parts=2, batches=4, tokens=64)
-    return planted_trace(**{**sizes, **facts}).trace
 
 
 @pytest.fixture
@@ -97,44 +79,6 @@ def test_data_hold_every_figure_and_auto_is_best(folder: Path) -> None:
     assert 0 < methods["auto"]["held_out"]["balancedness"] <= 1 and methods["auto"]["broken"] == []
     assert data["solution"]["bound"] <= data["solution"]["objective"] * (1 + 1e-9)
     assert data["migration"] is None
-
-
-def counts_json(path: Path) -> None:
-    """The form of data/moe."""
-    facts = {
-        "model": "m",
-        "num_experts": EXPERTS,
-        "top_k": TOP_K,
-        "layers_recorded": list(range(LAYERS)),
-        "num_model_layers": LAYERS,
-        "expert_counts": {"code": COUNTS.tolist(), "law": COUNTS[:, ::-1].tolist()},
-    }
-    path.write_text(json.dumps(facts))
-
-
-def vllm_lines(path: Path) -> None:
-    slots = np.tile(np.arange(EXPERTS), (LAYERS, 1)).tolist()
-    lines: list[dict[str, Any]] = [{"record_type": "eplb_load_meta", "version": 1}]
-    lines += [{"record_type": "eplb_load_stats", "expert_load": COUNTS.tolist(), "p2l_map": slots}] * 2
-    path.write_text("\n".join(map(json.dumps, lines)))
-
-
-def tensorrt_folder(path: Path) -> None:
-    path.mkdir()
-    (path / "meta_info.json").write_text(json.dumps({"num_experts": EXPERTS, "num_experts_per_token": TOP_K}))
-    save_file({f"0_{layer}": COUNTS[layer] for layer in range(LAYERS)}, path / "rank0.safetensors")
-
-
-FORMS: dict[str, Any] = {
-    "npz": lambda path: write_trace(trace(), path.with_suffix(".npz")) or path.with_suffix(".npz").rename(path),
-    "safetensors": lambda path: (
-        write_trace(trace(), path.with_suffix(".safetensors")) or path.with_suffix(".safetensors").rename(path)
-    ),
-    "counts": counts_json,
-    "vllm": vllm_lines,
-    "trtllm": tensorrt_folder,
-    "torch": lambda path: torch.save({"logical_count": torch.tensor(np.stack([COUNTS, COUNTS]))}, path),
-}
 
 
 @pytest.mark.parametrize("form", FORMS)

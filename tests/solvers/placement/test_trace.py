@@ -31,12 +31,12 @@ def test_statistics_are_what_counting_one_by_one_gives() -> None:
                 together[layer, chosen[0], chosen[1]] += 1
                 together[layer, chosen[1], chosen[0]] += 1
                 if layer < 2:
-                    moves[layer][np.ix_(chosen, token[layer + 1])] += 1 / 2
+                    moves[layer][np.ix_(chosen, token[layer + 1])] += 1
     assert (found.counts == counts).all() and found.tokens == 80
     assert (found.coactivation == together).all()
     assert found.transitions is not None
-    np.testing.assert_allclose(found.transitions, moves)
-    np.testing.assert_allclose(found.transitions.sum(2), counts[:-1])  # as many copies leave as are there
+    assert (found.transitions == moves).all()
+    assert (found.transitions.sum(2) == 2 * counts[:-1]).all()  # each choice is paired with two
 
 
 def same(first: Statistics, second: Statistics) -> bool:
