@@ -1,0 +1,204 @@
+"""Whether tokens may be reduced in a program, where, and what that obliges to.
+
+``examine`` walks along the token axis from the first self-attention to the outputs. It knows nothing of models: what
+it cannot follow is a barrier, in front of which every token is put back, or, where a method drops tokens, a refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from regraft.ir.mask import And, Band, Dense, Keys, Length, Lengths, Predicate, Same, parse
+from regraft.ir.nodes import arguments, shape, user_line
+from regraft.ir.program import Program
+from regraft.passes.refused import Refused
+from regraft.passes.tokens.layout import Batch, Span, plain
+from regraft.passes.tokens.sites import Site, attentions, find_site, leading_constants
+from regraft.passes.tokens.step import Duty, Kind, Step
+from regraft.passes.tokens.walk import Walk
+
+
+@dataclass(frozen=True)
+class Obligation:
+    """Something that a reduction obliges to: the node, its class, what is done about it, and the user's line."""
+
+    node: str
+    kind: Kind
+    duty: Duty
+    user_line: str
+    reason: str = ""
+
+
+@dataclass
+class Legality:
+    """What ``examine`` found. ``attentions`` are all self-attentions in order; ``sites`` those behind which tokens may
+    go, ``refused`` why they may not go behind the others. ``prefix`` and ``suffix`` tokens must stay."""
+
+    attentions: list[fx.Node]
+    walk: Walk | None = None
+    sites: dict[fx.Node, Site] = field(default_factory=dict)
+    refused: dict[fx.Node, Refused] = field(default_factory=dict)
+    prefix: int = 0
+    suffix: int = 0
+
+    def steps(self, site: Site) -> Iterator[tuple[fx.Node, Step]]:
+        """The nodes that a reduction at ``site`` reaches, in order."""
+        assert self.walk is not None
+        reached = {site.anchor}
+        for node, step in self.walk.steps.items():
+            if any(source in reached for source in node.all_input_nodes):
+                if step.layout is not None:
+                    reached.add(node)
+                yield node, step
+
+    def obligations(self, site: Site) -> list[Obligation]:
+        """All but the nodes that are written as they were."""
+        plainly = (Duty.SAME, Duty.RESIZE)
+        return [
+            Obligation(node.name, step.kind, step.duty, user_line(node), step.reason)
+            for node, step in self.steps(site)
+            if step.duty not in plainly or step.kind is not Kind.EQUIVARIANT
+        ]
+
+
+def examine(program: Program, protect: int = 0, drops: bool = False) -> Legality:
+    """Find where tokens of a recognised program may be reduced.
+
+    ``protect`` tokens in front stay whatever the graph says; ``drops``: the method cannot put tokens back.
+    """
+    found = Legality(attentions(program))
+    start = next((node for node in found.attentions if isinstance(shape(node)[2], int)), None)
+    for node in found.attentions:
+        if start is None:
+            found.refused[node] = Refused("the number of tokens is a symbol; capture with a fixed length", node)
+    if start is None:
+        return found
+    found.walk = _walk(program, start)
+    for node in found.attentions:
+        try:
+            found.sites[node] = _site(found, node, drops)
+        except Refused as refused:
+            found.refused[node] = refused
+    _protect(program, found, protect)
+    return found
+
+
+def _walk(program: Program, start: fx.Node) -> Walk:
+    """The walk from ``start``, whose result is ``[batch, heads, tokens, head_dim]``."""
+    batch, heads, tokens, width = shape(start)
+    walk = Walk(tokens)
+    walk.layouts[start] = ((Batch(batch),), *plain([heads]), (Span(0, tokens),), *plain([width]))
+    behind = False
+    for node in program.graph.nodes:
+        if behind:
+            walk.step(node)
+        behind = behind or node is start
+    return walk
+
+
+def _site(found: Legality, attention: fx.Node, drops: bool) -> Site:
+    walk = found.walk
+    assert walk is not None
+    if attention not in walk.layouts:
+        raise Refused(_why_lost(walk), attention)
+    site = find_site(attention)
+    layout = walk.layouts.get(site.anchor)
+    if layout is None:
+        lost = _first_barrier(walk, attention)
+        raise Refused(lost[1].reason, lost[0]) if lost else Refused("the tokens do not reach the sum", site.anchor)
+    if not _is_batch(layout[0]) or layout[1] != (Span(0, walk.tokens),):
+        raise Refused("the residual stream is not laid out as batch, tokens and width", site.anchor)
+    _check_mask(attention)
+    steps = list(found.steps(site))
+    _check_gain(site, steps)
+    if causal(attention) or any(causal(node) for node, step in steps if step.duty is Duty.ATTENTION):
+        _refuse_barriers(steps, "a token put back would have seen later ones")
+    if drops:
+        _refuse_barriers(steps, "dropped tokens cannot be put back")
+        for node, step in steps:
+            if step.duty is Duty.SUM:
+                raise Refused("a sum over the tokens would miss those that are dropped", node)
+    return site
+
+
+def _check_gain(site: Site, steps: list[tuple[fx.Node, Step]]) -> None:
+    """Some work on tokens must follow."""
+    if not any(step.heavy and step.layout is not None for _, step in steps):
+        node, reason = next(
+            ((node, step.reason) for node, step in steps if step.kind is Kind.BARRIER),
+            (site.anchor, "no work on tokens follows"),
+        )
+        raise Refused(f"nothing is saved: {reason}", node)
+
+
+def _refuse_barriers(steps: list[tuple[fx.Node, Step]], why: str) -> None:
+    for node, step in steps:
+        if step.kind is Kind.BARRIER:
+            raise Refused(f"{why}, and {step.reason}", node)
+
+
+def _is_batch(factors: tuple[Any, ...]) -> bool:
+    return len(factors) == 1 and isinstance(factors[0], Batch)
+
+
+def _first_barrier(walk: Walk, attention: fx.Node) -> tuple[fx.Node, Step] | None:
+    """The barrier that the output of an attention comes to first."""
+    reached = {attention}
+    for node, step in walk.steps.items():
+        if any(source in reached for source in node.all_input_nodes):
+            if step.kind is Kind.BARRIER:
+                return node, step
+            reached.add(node)
+    return None
+
+
+def _why_lost(walk: Walk) -> str:
+    barriers = [step.reason for step in walk.steps.values() if step.kind is Kind.BARRIER]
+    return barriers[0] if barriers else "it does not attend to the tokens of the first attention"
+
+
+def _check_mask(attention: fx.Node) -> None:
+    """Tokens merge only where the mask says of each token by itself whether it is there."""
+    for atom in _atoms(parse(arguments(attention)["mask"])):
+        if isinstance(atom, Same):
+            raise Refused("the attention keeps documents apart, and tokens of two documents must not merge", attention)
+        if isinstance(atom, Dense):
+            raise Refused("the mask of the attention is a tensor that does not say which tokens are padding", attention)
+
+
+def _atoms(predicate: Predicate) -> Iterator[Predicate]:
+    operands = getattr(predicate, "operands", None) or getattr(predicate, "operand", None)
+    if operands is None:
+        yield predicate
+        return
+    for operand in operands if isinstance(operands, tuple) else (operands,):
+        yield from _atoms(operand)
+
+
+def padding_of(attention: fx.Node) -> Keys | Lengths | None:
+    """The part of an attention's mask that says which keys are padding; None where nothing does."""
+    predicate = parse(arguments(attention)["mask"])
+    parts = predicate.operands if isinstance(predicate, And) else (predicate,)
+    return next((part for part in parts if isinstance(part, Keys | Lengths)), None)
+
+
+def causal(attention: fx.Node) -> bool:
+    """Whether the mask shows no query a later key."""
+    predicate = parse(arguments(attention)["mask"])
+    parts = predicate.operands if isinstance(predicate, And) else (predicate,)
+    bounds = [part.upper for part in parts if isinstance(part, Band)]
+    return any(upper is not None and Length(0).at_least(upper) for upper in bounds)
+
+
+def _protect(program: Program, found: Legality, protect: int) -> None:
+    assert found.walk is not None
+    steps = found.walk.steps.values()
+    held = [found.walk.layouts[site.anchor] for site in found.sites.values()]
+    width = shape(next(iter(found.sites.values())).anchor)[2] if held else 1
+    constants = leading_constants(program, found.walk.tokens, width)
+    found.prefix = max([protect, constants, *(step.prefix for step in steps)])
+    found.suffix = max([0, *(step.suffix for step in steps)])
