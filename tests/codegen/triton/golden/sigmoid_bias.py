@@ -1,0 +1,342 @@
+"""Attention of many queries: one program a tile of them, over the tiles of keys that it sees.
+
+Emitted by regraft: `regraft kernels` writes it again.
+
+element  float16, head_dim 64, value_dim 64
+mask     all
+weights  sigmoid, normaliser sum_eps; a row without keys is nan
+with     dense bias
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPE = torch.float16
+HEAD_DIM = tl.constexpr(64)
+HEAD_DIM_PADDED = tl.constexpr(64)  # in registers only: what lies behind HEAD_DIM is loaded as 0
+VALUE_DIM = tl.constexpr(64)
+VALUE_DIM_PADDED = tl.constexpr(64)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+#: Queries and keys of a tile, warps, stages of the pipeline. A device that is not named takes the last before it.
+CONFIGS = {
+    "sm_80": (128, 64, 4, 3),
+    "sm_90": (128, 64, 4, 3),
+    "sm_100": (128, 64, 4, 3),
+    "gfx942": (128, 64, 4, 1),
+}
+
+
+@triton.jit
+def interval_0(rows, query_length, key_length):
+    """The keys that each row sees by all: first, and one behind the last."""
+    start = tl.zeros_like(rows)
+    end = tl.zeros_like(rows) + key_length
+    return start, tl.maximum(start, tl.minimum(end, key_length))
+
+
+@triton.jit
+def tile_bounds(start, end, key_length, BLOCK_N: tl.constexpr):
+    """Tiles of keys that some row sees, [begin, finish), and among them those that every row sees whole."""
+    seen = start < end
+    begin = tl.min(tl.where(seen, start, key_length), 0) // BLOCK_N
+    finish = tl.maximum(begin, tl.cdiv(tl.max(tl.where(seen, end, 0), 0), BLOCK_N))
+    whole = tl.minimum(tl.maximum(tl.cdiv(tl.max(start, 0), BLOCK_N), begin), finish)
+    whole_finish = tl.maximum(tl.minimum(tl.min(end, 0) // BLOCK_N, finish), whole)
+    return begin, whole, whole_finish, finish
+
+
+@triton.jit
+def weigh(scores):
+    """1 / (1 + exp(-s))"""
+    return tl.sigmoid(scores)
+
+
+@triton.jit
+def step(
+    acc,
+    total,
+    query,
+    key_tile,
+    value_tile,
+    keys,
+    inside,
+    scale,
+    bias_tile,
+    bias_stride_key,
+    start_0,
+    end_0,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys: its scores, their weights, and what they add to the output and to its normaliser."""
+    if MASKED:
+        key = tl.load(key_tile, mask=inside[None, :], other=0.0)
+    else:
+        key = tl.load(key_tile)
+    scores = tl.dot(query, key) * scale
+    added = tl.load(bias_tile + keys[None, :] * bias_stride_key, mask=inside[None, :], other=0.0)
+    scores += added.to(tl.float32)
+    if MASKED:
+        seen = (keys[None, :] >= start_0[:, None]) & (keys[None, :] < end_0[:, None])
+    weights = weigh(scores)
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    total += tl.sum(weights, 1)
+    if MASKED:
+        value = tl.load(value_tile, mask=inside[:, None], other=0.0)
+    else:
+        value = tl.load(value_tile)
+    acc = tl.dot(weights.to(value.dtype), value, acc)
+    return acc, total
+
+
+@triton.jit(do_not_specialize=["query_length", "key_length", "heads", "group"])
+def attention_prefill_6f252161(
+    query,
+    key,
+    value,
+    out,
+    bias,
+    query_length,
+    key_length,
+    heads,
+    group,
+    query_stride_batch,
+    query_stride_head,
+    query_stride_row,
+    query_stride_dim,
+    key_stride_batch,
+    key_stride_head,
+    key_stride_row,
+    key_stride_dim,
+    value_stride_batch,
+    value_stride_head,
+    value_stride_row,
+    value_stride_dim,
+    out_stride_batch,
+    out_stride_head,
+    out_stride_row,
+    out_stride_dim,
+    bias_stride_batch,
+    bias_stride_head,
+    bias_stride_row,
+    bias_stride_key,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The output of one tile of queries of one head."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(query_length, BLOCK_M)
+    head = (program // tiles % heads).to(tl.int64)
+    batch = (program // tiles // heads).to(tl.int64)
+    # Under a causal mask the last queries see most keys: they start first.
+    first_row = (tiles - 1 - program % tiles) * BLOCK_M
+    places = first_row + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(places, query_length - 1)  # rows behind the end repeat the last, and are not stored
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    columns = tl.arange(0, VALUE_DIM_PADDED)
+    lanes = tl.arange(0, BLOCK_N)
+
+    query += batch * query_stride_batch + head * query_stride_head
+    key += batch * key_stride_batch + head // group * key_stride_head
+    value += batch * value_stride_batch + head // group * value_stride_head
+    query_tile = query + rows.to(tl.int64)[:, None] * query_stride_row + dims[None, :] * query_stride_dim
+    queries = tl.load(query_tile)
+    key_tiles = key + dims[:, None] * key_stride_dim + lanes[None, :] * key_stride_row
+    value_tiles = value + lanes[:, None] * value_stride_row + columns[None, :] * value_stride_dim
+    bias += batch * bias_stride_batch
+    bias_tile = bias + (head * bias_stride_head + rows.to(tl.int64) * bias_stride_row)[:, None]
+
+    acc = tl.zeros((BLOCK_M, VALUE_DIM_PADDED), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+
+    start_0, end_0 = interval_0(rows, query_length, key_length)
+    begin_0, whole_0, whole_finish_0, finish_0 = tile_bounds(start_0, end_0, key_length, BLOCK_N)
+
+    # Tiles that every row sees whole.
+    whole_tiles = whole_finish_0 - whole_0
+    for index in range(0, whole_tiles):
+        tile = whole_0 + index
+        first = tile.to(tl.int64) * BLOCK_N
+        key_tile = key_tiles + first * key_stride_row
+        value_tile = value_tiles + first * value_stride_row
+        keys = tile * BLOCK_N + lanes
+        inside = keys < key_length
+        acc, total = step(
+            acc,
+            total,
+            queries,
+            key_tile,
+            value_tile,
+            keys,
+            inside,
+            scale,
+            bias_tile,
+            bias_stride_key,
+            start_0,
+            end_0,
+            MASKED=False,
+        )
+
+    # Tiles that some row sees in part.
+    partial_tiles_0 = whole_0 - begin_0
+    partial_tiles = partial_tiles_0 + finish_0 - whole_finish_0
+    for index in range(0, partial_tiles):
+        tile = begin_0 + index
+        tile = tl.where(index < partial_tiles_0, tile, whole_finish_0 + index - partial_tiles_0)
+        first = tile.to(tl.int64) * BLOCK_N
+        key_tile = key_tiles + first * key_stride_row
+        value_tile = value_tiles + first * value_stride_row
+        keys = tile * BLOCK_N + lanes
+        inside = keys < key_length
+        acc, total = step(
+            acc,
+            total,
+            queries,
+            key_tile,
+            value_tile,
+            keys,
+            inside,
+            scale,
+            bias_tile,
+            bias_stride_key,
+            start_0,
+            end_0,
+            MASKED=True,
+        )
+
+    acc /= (total + 1e-08)[:, None]
+
+    out_tile = out + batch * out_stride_batch + head * out_stride_head + places.to(tl.int64)[:, None] * out_stride_row
+    kept = (places < query_length)[:, None] & (columns < VALUE_DIM)[None, :]
+    tl.store(out_tile + columns[None, :] * out_stride_dim, acc.to(out.dtype.element_ty), mask=kept)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The definition, in fp32 or wider: what runs without the kernel, and what tests compare with it."""
+    group = query.shape[1] // key.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys_of_heads = key.repeat_interleave(group, 1).to(wide)
+    scores = query.to(wide) @ keys_of_heads.mT * scale
+    scores = scores + bias
+    weights = scores.sigmoid()
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-08)
+    out = (weights @ value.repeat_interleave(group, 1).to(wide)).to(query.dtype)
+    return in_memory_order(out)
+
+
+def in_memory_order(out: Tensor) -> Tensor:
+    """``[batch, heads, length, value_dim]`` that lies in memory as ``[batch, length, heads, value_dim]``."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ``ValueError`` for operands that this kernel was not emitted for."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        raise ValueError(f"{shapes}: expected [batch, heads, length, dim] each")
+    if {query.dtype, key.dtype, value.dtype} != {DTYPE}:
+        raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}: expected {DTYPE} each")
+    if (query.shape[3], key.shape[3], value.shape[3]) != (HEAD_DIM.value, HEAD_DIM.value, VALUE_DIM.value):
+        raise ValueError(f"{shapes}: expected head_dim {HEAD_DIM.value} and value_dim {VALUE_DIM.value}")
+    if key.shape[:3] != value.shape[:3] or query.shape[1] % max(1, key.shape[1]):
+        raise ValueError(f"{shapes}: expected keys as values, and heads a multiple of theirs")
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(f"{shapes}: expected one batch")
+
+
+def tiles(device: torch.device) -> tuple[int, ...]:
+    """The line of ``CONFIGS`` for a device."""
+    if device.type != "cuda" or torch.version.hip:
+        return CONFIGS["gfx942"]
+    return CONFIGS[_arch(device)]
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    known = sorted(int(arch[3:]) for arch in CONFIGS if arch.startswith("sm_"))
+    return f"sm_{max([arch for arch in known if arch <= 10 * major + minor], default=known[0])}"
+
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scale: float,
+    config: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Run the kernel, by default with the device's tiles; memory of the output is [batch, length, heads, dim]."""
+    check(query, key, value)
+    batch, heads, query_length, _ = query.shape
+    key_length, group = key.shape[2], heads // key.shape[1]
+    out = query.new_empty((batch, query_length, heads, VALUE_DIM.value)).transpose(1, 2)
+    if out.numel() == 0 or key_length == 0:
+        return out.zero_()
+    bias = bias.expand(batch, heads, query_length, key_length)
+
+    block_m, block_n, warps, stages = config or tiles(query.device)
+    grid = (triton.cdiv(query_length, block_m) * heads * batch,)
+    with torch.cuda.device_of(query):
+        attention_prefill_6f252161[grid](
+            query,
+            key,
+            value,
+            out,
+            bias,
+            query_length,
+            key_length,
+            heads,
+            group,
+            query.stride(0),
+            query.stride(1),
+            query.stride(2),
+            query.stride(3),
+            key.stride(0),
+            key.stride(1),
+            key.stride(2),
+            key.stride(3),
+            value.stride(0),
+            value.stride(1),
+            value.stride(2),
+            value.stride(3),
+            out.stride(0),
+            out.stride(1),
+            out.stride(2),
+            out.stride(3),
+            bias.stride(0),
+            bias.stride(1),
+            bias.stride(2),
+            bias.stride(3),
+            scale,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=warps,
+            num_stages=stages,
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+@torch.library.custom_op("regraft_kernels::attention_prefill_6f252161", mutates_args=(), device_types="cpu")
+def operator(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The operator: its definition on the CPU, the kernel on a GPU."""
+    check(query, key, value)
+    return reference(query, key, value, bias, scale)
+
+
+@operator.register_kernel("cuda")
+def _on_device(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    return launch(query, key, value, bias, scale)
+
+
+@operator.register_fake
+def _fake(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    batch, heads, length, _ = query.shape
+    return query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)

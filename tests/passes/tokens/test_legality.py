@@ -1,0 +1,254 @@
+"""What the walk along the token axis accepts is right for any program, and what it refuses says why and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from regraft.ir.driver import Session
+from regraft.ir.program import Program
+from regraft.passes.tokens.legality import Legality, examine
+from regraft.passes.tokens.methods import METHODS
+from regraft.passes.tokens.reduce import ReduceTokens
+from regraft.passes.tokens.step import Duty, Kind
+from tests.passes.tokens.models import outputs, recognised, relative, tiny
+
+WIDTH, HEADS, TOKENS = 8, 2, 12
+
+
+class Block(nn.Module):
+    """A pre-norm or post-norm transformer block over ``[batch, tokens, width]``."""
+
+    def __init__(self, post: bool, gated: bool) -> None:
+        super().__init__()
+        self.post, self.gated = post, gated
+        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.projections, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+        self.gate = nn.Linear(WIDTH, 16)
+
+    def attend(self, x: Tensor) -> Tensor:
+        parts = self.projections(x).reshape(*x.shape[:2], 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def mlp(self, x: Tensor) -> Tensor:
+        inner = F.gelu(self.up(x))
+        return self.down(inner * self.gate(x) if self.gated else inner)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.post:
+            x = self.first(x + self.attend(x))
+            return self.second(x + self.mlp(x))  # type: ignore[no-any-return]
+        x = x + self.attend(self.first(x))
+        return x + self.mlp(self.second(x))
+
+
+#: What a head may do with ``[batch, tokens, width]``: name -> function.
+HEAD: dict[str, Callable[[Tensor], Tensor]] = {
+    "every token": lambda x: x,
+    "first": lambda x: x[:, 0],
+    "last": lambda x: x[:, -1],
+    "mean": lambda x: x.mean(1),
+    "mean behind the first": lambda x: x[:, 1:].mean(1, keepdim=True),
+    "sum": lambda x: x.sum(dim=1),
+    "maximum": lambda x: x.amax(1),
+    "flattened": lambda x: x.reshape(-1, WIDTH).tanh().reshape(x.shape[0], TOKENS, WIDTH).mean(1),
+    "channels first": lambda x: x.transpose(1, 2).mean(-1),
+    "grid": lambda x: x.transpose(1, 2).reshape(x.shape[0], WIDTH, 3, 4).sum((-1, -2)),
+    "sorted": lambda x: x.sort(dim=1).values[:, 0],
+}
+
+
+class Encoder(nn.Module):
+    """Blocks and a head, over tokens that are all alike to it: no positions."""
+
+    def __init__(self, kinds: list[tuple[bool, bool]], head: str, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.blocks = nn.ModuleList(Block(*kind) for kind in kinds)
+        self.head = HEAD[head]
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape) * (0.5 if parameter.dim() > 1 else 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def encoder(head: str, kinds: list[tuple[bool, bool]] | None = None, x: Tensor | None = None) -> Program:
+    model = Encoder(kinds or [(False, False)] * 2, head).double()
+    return recognised(model, (numbers(2, TOKENS, WIDTH) if x is None else x,))
+
+
+kinds = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=3)
+
+
+@settings(max_examples=12, derandomize=True, deadline=None)
+@given(kinds, st.permutations(list(range(TOKENS))))
+def test_what_is_called_equivariant_commutes_with_a_permutation(
+    shape: list[tuple[bool, bool]], order: list[int]
+) -> None:
+    program = encoder("every token", shape)
+    walk = examine(program).walk
+    assert walk is not None
+    steps = [step for node, step in walk.steps.items() if node.op != "output"]
+    assert steps and all(step.kind in (Kind.EQUIVARIANT, Kind.REDUCIBLE) for step in steps)
+    (straight,) = outputs(program)
+    (turned,) = outputs(program, program.example[0][:, order])
+    assert relative(turned, straight[:, order]) <= 1e-12
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(kinds, st.sampled_from(sorted(HEAD)), st.integers(1, 5), st.sampled_from(["tome-stream", "pitome", "grid"]))
+def test_equal_tokens_may_merge_in_any_program(
+    shape: list[tuple[bool, bool]], head: str, remove: int, method: str
+) -> None:
+    """Each token comes in pairs: whatever is merged, the program computes what it did."""
+    if head in ("first", "last", "mean behind the first"):
+        pairs = torch.cat((numbers(2, 1, WIDTH), numbers(2, 5, WIDTH, seed=1).repeat_interleave(2, 1),
+                           numbers(2, 1, WIDTH, seed=2)), dim=1)  # fmt: skip
+    else:
+        pairs = numbers(2, TOKENS // 2, WIDTH).repeat_interleave(2, dim=1)
+    if method == "grid" and head in ("every token", "grid"):
+        remove = 5
+    program = encoder(head, shape, pairs)
+    (before,) = outputs(program)
+    session = Session(verify="off")
+    schedule = (remove, *[0] * (len(shape) - 1))
+    assert ReduceTokens(schedule, method).run(program, session) == 1, session.log.refusals
+    assert relative(outputs(program)[0], before) <= 1e-12
+
+
+def refusal(model: nn.Module, x: Any, method: str = "tome", site: int = 0) -> str:
+    """Why the first attention is refused."""
+    found = examine(recognised(model, x), drops=METHODS[method].drops)
+    return str(found.refused[found.attentions[site]])
+
+
+@pytest.mark.parametrize(
+    ("head", "kind", "reason"),
+    [
+        ("every token", Kind.BARRIER, "every token is an output"),
+        ("grid", Kind.BARRIER, "the tokens are laid out on a grid or in windows"),
+        ("sorted", Kind.BARRIER, "aten.sort.default chooses among the tokens"),
+        ("mean", Kind.REDUCIBLE, ""),
+        ("sum", Kind.REDUCIBLE, ""),
+        ("first", Kind.SELECTIVE, ""),
+        ("last", Kind.SELECTIVE, ""),
+    ],
+)
+def test_each_head_has_its_class(head: str, kind: Kind, reason: str) -> None:
+    found = examine(encoder(head))
+    obligation = found.obligations(next(iter(found.sites.values())))[-1]
+    assert (obligation.kind, obligation.reason) == (kind, reason)
+    assert "test_legality.py" in obligation.user_line or obligation.node == "output"
+
+
+def test_tokens_that_are_read_by_place_are_protected() -> None:
+    ends = {head: (found.prefix, found.suffix) for head in HEAD for found in [examine(encoder(head))]}
+    assert ends["first"] == ends["mean behind the first"] == (1, 0)
+    assert ends["last"] == (0, 1) and ends["mean"] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        ("every token", "dropped tokens cannot be put back, and every token is an output"),
+        ("grid", "dropped tokens cannot be put back, and the tokens are laid out on a grid or in windows"),
+        ("sum", "a sum over the tokens would miss those that are dropped"),
+    ],
+)
+def test_what_drops_tokens_is_refused_where_all_are_needed(head: str, reason: str) -> None:
+    assert refusal(Encoder([(False, False)] * 2, head).double(), (numbers(2, TOKENS, WIDTH),), "prune-cls") == reason
+
+
+def test_a_token_in_the_middle_is_not_protected_but_put_back() -> None:
+    program = recognised(nn.Sequential(Encoder([(False, False)], "every token").double(), Middle()),
+                         (numbers(2, TOKENS, WIDTH),))  # fmt: skip
+    found = examine(program)
+    (site,) = found.sites.values()
+    reasons = [obligation.reason for obligation in found.obligations(site)]
+    assert reasons == ["token 6 of 12 is read, which lies at neither end of the sequence"]
+
+
+class Middle(nn.Module):
+    """Reads the token in the middle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 6]
+
+
+def test_windows_are_refused_with_the_users_line() -> None:
+    model = tiny("swin", embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, patch_size=4)
+    program = recognised(model, {"pixel_values": torch.randn(2, 3, 32, 32)})
+    session = Session(verify="off")
+    code = str(program.graph)
+    assert ReduceTokens(2).run(program, session) == 0 and str(program.graph) == code
+    assert session.log.refusals[0].reason.startswith(
+        "the batch of the attention is made of windows or groups of the samples"
+    )
+    assert "modeling_swin.py" in session.log.refusals[0].user_line
+
+
+class Causal(nn.Module):
+    """A block whose attention is causal, and a head."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.projections, self.up = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = HEAD[head]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            parts = self.projections(x).reshape(*x.shape[:2], 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+            x = x + F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(2)
+            x = x + self.up(x).relu()
+        return self.head(x)
+
+
+def test_a_causal_program_gives_no_token_what_later_ones_are() -> None:
+    x = (numbers(2, TOKENS, WIDTH),)
+    assert refusal(Causal("every token").double(), x).startswith("a token put back would have seen later ones")
+    program = recognised(Causal("last").double(), x)
+    assert ReduceTokens((3, 0)).run(program, Session(verify="off")) == 1
+
+
+def test_a_symbolic_number_of_tokens_is_refused() -> None:
+    model = Encoder([(False, False)] * 2, "mean").double()
+    program = recognised(model, (numbers(2, TOKENS, WIDTH),), {"x": {1: torch.export.Dim.AUTO}})
+    found: Legality = examine(program)
+    assert {str(reason) for reason in found.refused.values()} == {
+        "the number of tokens is a symbol; capture with a fixed length"
+    }
+
+
+def test_nothing_is_taken_where_nothing_is_saved() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(False, False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.block.attend(x)
+
+    assert refusal(Last().double(), (numbers(2, TOKENS, WIDTH),)).startswith("nothing is saved")
+
+
+def test_every_node_behind_a_site_is_accounted_for() -> None:
+    found = examine(encoder("mean"))
+    site = next(iter(found.sites.values()))
+    duties = [step.duty for _, step in found.steps(site)]
+    assert duties.count(Duty.ATTENTION) == 1 and duties.count(Duty.MEAN) == 1 and Duty.UNMERGE not in duties
