@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -19,6 +20,7 @@ from regraft.solvers.placement.plan import Plan
 from regraft.solvers.placement.readers.kinds import kind_of
 from regraft.solvers.placement.readers.native import write_trace
 from regraft.solvers.placement.slots import uniform_slots
+from regraft.solvers.placement.trace import Batch, Trace
 from tests.regraft.placement.recordings import CONFIG, EXPERTS, FORMS, LAYERS, TOP_K, counts_json, trace, vllm_lines
 
 RANKS = 4
@@ -35,16 +37,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def place(*arguments: object, quick: bool = True) -> Result:
+def place(*arguments: object, quick: bool = True, seconds: int = 1) -> Result:
     """The command on the folder's cluster."""
-    limit = ("--time-limit", "1") if quick else ()
+    limit = ("--time-limit", seconds) if quick else ()
     given = ("place", *arguments, "--topology", "cluster.toml", *limit)
     return CliRunner().invoke(app, [str(argument) for argument in given])
 
 
-def planned(*arguments: object) -> dict[str, Any]:
+def planned(*arguments: object, seconds: int = 1) -> dict[str, Any]:
     """Its data, after it went well; the plan is valid."""
-    result = place(*arguments, "-o", "plan.json", "--json")
+    result = place(*arguments, "-o", "plan.json", "--json", seconds=seconds)
     assert result.exit_code == 0, result.output
     data: dict[str, Any] = json.loads(result.stdout)
     return data
@@ -96,9 +98,11 @@ def test_what_a_trace_leaves_open_is_asked_for(folder: Path) -> None:
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "vllm-34811"])
 def test_every_form_is_written_and_validated(form: str, folder: Path) -> None:
-    assert planned("t.npz", "--config", "config.json", "--redundant", 4, "--format", form)["format"] == form
-    result = place("--validate", "plan.json", "--format", form, "--config", "config.json")
-    assert result.exit_code == 0 and "is a valid plan" in result.stdout, result.output
+    written = planned("t.npz", "--config", "config.json", "--redundant", 4, "--format", form, seconds=0)
+    assert written["format"] == form
+    for named in (("--format", form), ()):  # without a name the form is told by the content
+        result = place("--validate", "plan.json", *named, "--config", "config.json")
+        assert result.exit_code == 0 and "is a valid plan" in result.stdout, result.output
     (folder / "other.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": LAYERS + 1}))
     wrong = place("--validate", "plan.json", "--format", form, "--config", "other.json")
     assert wrong.exit_code == 2 and "layer" in wrong.stderr
@@ -122,6 +126,35 @@ def test_migration_from_the_plan_in_service_is_bounded(folder: Path) -> None:
     moved = planned("later.npz", "--config", "config.json", "--current", "now.json", "--max-moves", 2)
     assert moved["migration"]["experts"] <= 2
     assert "current" in [row["method"] for row in moved["methods"]]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "vllm-34811"])
+def test_the_plan_in_service_may_be_of_any_form(form: str, folder: Path) -> None:
+    arguments = ("t.npz", "--config", "config.json", "--redundant", 4)
+    planned(*arguments, "--format", form, seconds=0)
+    Path("plan.json").rename("now")
+    for named in (("--current-format", form), ()):
+        data = planned(*arguments, "--current", "now", *named, seconds=0)
+        assert data["migration"]["experts"] == 0 and data["migration"]["payback_batches"] == 0
+
+
+def test_one_map_of_vllm_may_be_in_service(folder: Path) -> None:
+    (folder / "now").write_text(json.dumps({"expert_to_ep_rank": [0, 1, 2, 3] * 2}))
+    data = planned("t.npz", "--config", "config.json", "--current", "now", "--max-moves", 0)
+    assert data["migration"]["experts"] == 0
+    assert sorted(Plan.load("plan.json").slots[0][1].tolist()) == [1, 5]
+
+
+def test_a_budget_of_copies_is_spent_by_layer(folder: Path) -> None:
+    """One layer is even, the other has a hot expert: the budget of one slot per rank goes there."""
+    recorded = Trace(EXPERTS, TOP_K, (0, 1), (Batch(np.array([[100] * 8, [10] * 7 + [500]])),))
+    write_trace(recorded, folder / "hot.npz")
+    gigabytes = 3 * 64 * 128 * 2 / 1e9
+    data = planned("hot.npz", "--config", "config.json", "--replica-budget", 1.5 * gigabytes, "--format", "omni")
+    assert np.load("plan.json").sum((0, 2)).tolist() == [8, 12]
+    planned("hot.npz", "--config", "config.json", "--replica-budget", 0)
+    assert Plan.load("plan.json").slots_per_rank == (2, 2)
+    assert data["methods"][0]["planned"]["balancedness"] > 0.8
 
 
 def test_scenarios_are_planned_for_the_worst(folder: Path) -> None:
@@ -193,6 +226,15 @@ def test_a_wrong_trace_gets_one_sentence(make: Any, said: str, folder: Path) -> 
         (("--executor", "many"), 2, "executor 'many' was given"),
         (("--weight-type", "int3", "--config", "config.json"), 2, "element type 'int3'"),
         (("--format", "vllm-34811", "--redundant", 4), 1, "no replicas"),
+        (("--current", "cluster.toml"), 2, "plan file 'cluster.toml' is of no known form"),
+        (("--current", "t.npz", "--current-format", "sglang"), 2, "'t.npz' cannot be read"),
+        (("--current-format", "sglang"), 2, "give that plan with --current"),
+        (("--current-format", "other"), 2, "format 'other' was named"),
+        (("--replica-budget", 1, "--format", "sglang"), 2, "'sglang' wants the same in every layer"),
+        (("--replica-budget", 1, "--redundant", 4), 2, "give one of them"),
+        (("--replica-budget", 1, "--current", "c", "--max-moves", 1), 2, "leave --replica-budget out"),
+        (("--replica-budget", -1), 2, "--replica-budget is -1"),
+        (("--replica-budget", 1, "--memory", 0.00001), 1, "GB too little"),
     ],
 )
 def test_a_wrong_option_gets_one_sentence(arguments: tuple[object, ...], code: int, said: str, folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from regraft.solvers.placement.baselines.simple import random_plan
 from regraft.solvers.placement.errors import PlacementError
 from regraft.solvers.placement.exports.all import FORMATS, export, read_export
+from regraft.solvers.placement.exports.kinds import plan_form
 from regraft.solvers.placement.model import MoeModel
 from regraft.solvers.placement.plan import Plan
 from regraft.solvers.placement.slots import uniform_slots
@@ -37,6 +38,17 @@ def test_each_form_reads_back(engine: str, tmp_path: Path) -> None:
     other = MoeModel(8, 2, (3, 4, 5), 6) if engine != "vllm-34811" else MoeModel(9, 2, (3, 4), 5)
     with pytest.raises(PlacementError):
         read_export(engine, path, other, 4)
+
+
+@pytest.mark.parametrize("engine", [form for form in FORMATS if form != "vllm-41141"])
+def test_a_form_is_told_by_its_content(engine: str, tmp_path: Path) -> None:
+    export(SAME, engine, tmp_path / "file")
+    assert plan_form(tmp_path / "file") == engine
+    SAME.save(tmp_path / "own")
+    assert plan_form(tmp_path / "own") == "regraft"
+    (tmp_path / "other").write_text('{"physical": []}')
+    with pytest.raises(PlacementError, match="'other' is of no known form"):
+        plan_form(tmp_path / "other")
 
 
 def written(engine: str, tmp_path: Path, plan: Plan = PLAN) -> str:
