@@ -162,6 +162,8 @@ def _mean(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: int
     weights = rebuild.stages.weights(build, stage, span)
     if weights is None:
         return build.call(old.target, rebuild.value(source), *old.args[1:], **old.kwargs)  # type: ignore[arg-type]
+    if dtype(source) == torch.float64:
+        weights = build.call(aten.to.dtype, weights, torch.float64)
     share = build.call(aten.div.Tensor, weights, build.call(aten.sum.dim_IntList, weights, [-1], True))
     return _weighted(rebuild, build, old, share, layout, stage)
 

@@ -161,8 +161,8 @@ class Stages:
             return None
 
         def make() -> fx.Node:
-            logs = build.call(aten.log.default, weights)
-            return logs if dtype(logs) == wanted else build.call(aten.to.dtype, logs, wanted)
+            wide = weights if dtype(weights) == wanted else build.call(aten.to.dtype, weights, wanted)
+            return build.call(aten.log.default, wide)
 
         return self._once(("log", stage, span, wanted), make)
 

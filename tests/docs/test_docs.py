@@ -43,6 +43,7 @@ def test_every_concept_has_a_page() -> None:
         "reports",
         "placement",
         "placement-permute",
+        "token-reduction",
         "writing-a-rule",
     }
     assert concepts <= {page.stem for page in PAGES}

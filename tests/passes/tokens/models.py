@@ -19,7 +19,7 @@ _SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64,
     "max_position_embeddings": 64, "image_size": 32, "patch_size": 8, "pad_token_id": 0, "mlp_ratio": 2,
 }  # fmt: skip
-#: Kind -> its own settings, and how the log tells image models from text models: by "pixel_values".
+#: Kind -> its own settings. Other kinds are given all of theirs.
 IMAGE_KINDS: dict[str, dict[str, Any]] = {
     "vit": {},
     "deit": {},
@@ -38,8 +38,8 @@ TEXT_KINDS: dict[str, dict[str, Any]] = {
 def tiny(kind: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
     """A model of a Hugging Face family in eval mode; equal seeds, equal weights."""
     transformers = pytest.importorskip("transformers")
-    own = IMAGE_KINDS.get(kind, TEXT_KINDS.get(kind, {}))
-    config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **own, **options})
+    own = {**IMAGE_KINDS, **TEXT_KINDS}.get(kind)
+    config = transformers.AutoConfig.for_model(kind, **{**({} if own is None else {**_SIZES, **own}), **options})
     torch.manual_seed(0)
     found = transformers.AutoModel.from_config(config, attn_implementation=implementation)
     for parameter in found.parameters():

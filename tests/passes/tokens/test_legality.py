@@ -121,8 +121,6 @@ def test_equal_tokens_may_merge_in_any_program(
                            numbers(2, 1, WIDTH, seed=2)), dim=1)  # fmt: skip
     else:
         pairs = numbers(2, TOKENS // 2, WIDTH).repeat_interleave(2, dim=1)
-    if method == "grid" and head in ("every token", "grid"):
-        remove = 5
     program = encoder(head, shape, pairs)
     (before,) = outputs(program)
     session = Session(verify="off")
@@ -191,7 +189,7 @@ class Middle(nn.Module):
 
 
 def test_windows_are_refused_with_the_users_line() -> None:
-    model = tiny("swin", embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, patch_size=4)
+    model = tiny("swin", image_size=32, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, patch_size=4)
     program = recognised(model, {"pixel_values": torch.randn(2, 3, 32, 32)})
     session = Session(verify="off")
     code = str(program.graph)
