@@ -20,9 +20,17 @@ if TYPE_CHECKING:
         SourceError,
         TargetError,
     )
+    from regraft.ir.copies import count_copies
+    from regraft.passes.experts.sharding import Sharding
 
 __version__ = "0.1.0"
-_HOME = {"compile": "api", "load": "api", "CompiledModule": "compiled"}
+_HOME = {
+    "compile": "api",
+    "load": "api",
+    "CompiledModule": "compiled",
+    "Sharding": "passes.experts.sharding",
+    "count_copies": "ir.copies",
+}
 __all__ = [
     "ArtifactError",
     "CaptureError",
@@ -30,10 +38,12 @@ __all__ = [
     "InputError",
     "OptionError",
     "RegraftError",
+    "Sharding",
     "SourceError",
     "TargetError",
     "__version__",
     "compile",
+    "count_copies",
     "load",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,13 @@ from regraft.compiled import CompiledModule, Options
 from regraft.errors import ArtifactError, CaptureError, OptionError, TargetError
 from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
+from regraft.ir.ops.moe_dispatch import sharded_sites
+from regraft.ir.program import Program
 from regraft.ir.records import Log
+from regraft.ir.transport import group_of
+
+if TYPE_CHECKING:
+    from regraft.experts import Placement
 
 TARGETS = (
     "cpu",
@@ -56,10 +62,17 @@ def compile(
     the latter, "off" neither. ``free_original`` empties the model after compiling: its weights live on only in
     compiled code. ``toolchain`` replaces the passes and the lowering.
 
-    Raises ``CaptureError`` (inputs that do not fit, a model that export refuses, training mode), ``TargetError``
-    and ``OptionError``.
+    ``experts``: a placement plan, the path of a plan file, or a ``Sharding``. Under an initialised process group of as
+    many ranks, each calls this with its own inputs and gets a model that holds its own experts only; every rank must
+    make every call. Without a group the experts are permuted. See docs/placement-shard.md.
+
+    Raises ``CaptureError`` (inputs that do not fit, a model that export refuses, training mode), ``TargetError``,
+    ``OptionError``, ``PermutationError`` or ``ShardingError`` (a plan that is not for this model) and ``PeerError``
+    (another rank could not compile).
     """
-    _check_options(budget=budget, calibration=calibration, experts=experts)
+    _check_options(budget=budget, calibration=calibration)
+    if experts is not None and toolchain is not None:
+        raise OptionError("experts and toolchain were given, and a toolchain brings its own passes; give one of them")
     if verify not in VERIFY:
         raise OptionError(f"verify={verify!r} was given; choose one of {', '.join(map(repr, VERIFY))}")
     if isinstance(dynamic, (str, int, float)) and not isinstance(dynamic, bool):
@@ -78,7 +91,9 @@ def compile(
         )
     inputs = call_inputs(example_inputs, kwargs)
     NATIVE.start()  # built beside the capture, where it was not built before
-    options = Options(target=_target(model, target), dynamic=dynamic, verify=verify, toolchain=toolchain or Toolchain())
+    placement = None if experts is None else _placement(experts)
+    chosen = toolchain or (Toolchain() if placement is None else Toolchain(pipeline=placement.pipeline))
+    options = Options(_target(model, target), dynamic, verify, toolchain=chosen, experts=placement)
     compiled = CompiledModule(model, options, _report(type(model).__name__, options.target))
     if inputs is None and isinstance(model, ExportedProgram) and model.example_inputs is not None:
         inputs = model.example_inputs[0], dict(model.example_inputs[1])
@@ -90,11 +105,14 @@ def compile(
 
 
 def load(path: str | os.PathLike[str], *, trust_kernels: bool = False) -> CompiledModule:
-    """Load an artifact: lowered for this machine, not captured or rewritten again. Raises ``ArtifactError``."""
+    """Load an artifact: lowered for this machine, not captured or rewritten again. One rank's part of a
+    sharded model runs in the default process group. Raises ``ArtifactError``, and ``GroupError`` under a process group
+    that the part is not for."""
     from regraft.artifact import load as read
     from regraft.report.model import Report, ReportError
 
     loaded = read(path, trust_kernels=trust_kernels)
+    _check_group(loaded.program)
     try:
         report = Report.from_json(loaded.report) if loaded.report else _report(Path(os.fsdecode(path)).name, "cpu")
     except ReportError as error:
@@ -134,11 +152,25 @@ def _check_options(**options: Any) -> None:
     reasons = {
         "budget": "lossy rewrites are not part of this version",
         "calibration": "lossy rewrites are not part of this version",
-        "experts": "expert placement is not part of this version",
     }
     for name, value in options.items():
         if value is not None:
             raise OptionError(f"{name} was given, but {reasons[name]}; leave it out to get the exact rewrites")
+
+
+def _placement(experts: Any) -> Placement:
+    from regraft.experts import placement_of  # solvers take a moment to load, and few models have experts to place
+
+    return placement_of(experts)
+
+
+def _check_group(program: Program) -> None:
+    """Where a process group is there already, a sharded program must be the one for it."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        for given in sharded_sites(program.graph):
+            group_of(given["group"], given["ranks"], given["rank"])
 
 
 def _target(model: nn.Module | ExportedProgram, target: str | None) -> str:

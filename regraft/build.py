@@ -7,8 +7,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,13 @@ from regraft.aliasing import separate_outputs
 from regraft.guard import SymbolicGuard, leaf_order
 from regraft.ir.driver import Session
 from regraft.ir.memory import give_back, no_cycle_search
+from regraft.ir.ops.moe_dispatch import sharded_sites
 from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.verify import Checked, relative_l2
+
+if TYPE_CHECKING:
+    from regraft.experts import Together
 
 _LOG = logging.getLogger("regraft")
 
@@ -190,18 +195,26 @@ class Build:
         )
 
 
-def build(program: Program, target: str, verify: str, toolchain: Toolchain, reference: Callable[[], Any]) -> Build:
+def build(
+    program: Program,
+    target: str,
+    verify: str,
+    toolchain: Toolchain,
+    reference: Callable[[], Any],
+    together: Together | None = None,
+) -> Build:
     """Rewrite and lower ``program``; ``reference()`` is the original's output on the example inputs. Where checks
     stood for others and the whole is off, all is done once more with every check computed.
 
-    Raises whatever a pass or the lowering raises.
+    One rank's program is compared with the original only where its ranks compile it ``together``: each on its own
+    example, and the drift is that of the worst. Raises whatever a pass or the lowering raises, and ``PeerError``.
     """
     before = program.copy()
-    made = _build(program, before, target, Session(verify=verify), toolchain, reference)
-    if made.repetitions and not made.accepted:
+    made = _build(program, before, target, Session(verify=verify), toolchain, reference, together)
+    if made.repetitions and not made.accepted and together is None:
         _LOG.warning("the compiled output is off, and some checks stood for others: compiling again, computing all")
         session = Session(verify=verify, checked=Checked(reused=False))
-        made = _build(before.copy(), before, target, session, toolchain, reference)
+        made = _build(before.copy(), before, target, session, toolchain, reference, None)
     return made
 
 
@@ -212,12 +225,14 @@ def _build(
     session: Session,
     toolchain: Toolchain,
     reference: Callable[[], Any],
+    together: Together | None,
 ) -> Build:
     with no_cycle_search():
         phases = dict(toolchain.pipeline(target).run(program, session))
         separate_outputs(program, before)
         expected, seconds = None, 0.0
-        if session.verify != "off":  # before weights are packed: a run of the model needs room of its own
+        compared = session.verify != "off" and (together is not None or not sharded_sites(program.graph))
+        if compared:  # before weights are packed: a run of the model needs room of its own
             started = time.perf_counter()
             give_back()  # what the checks left
             expected = reference()
@@ -228,9 +243,14 @@ def _build(
         phases["lowering"] = time.perf_counter() - started
     give_back()
     result = Build(Entry(program, executable), before, session.log, phases, session.checked.repetitions)
-    if session.verify != "off":
+    if together is not None:
+        together.agree(program)
+    if compared:
         started = time.perf_counter()
-        result.drift, result.tolerance = _compare(program, executable, expected)
+        with together.running() if together is not None else nullcontext():
+            result.drift, result.tolerance = _compare(program, executable, expected)
+        if together is not None:
+            result.drift = together.worst(result.drift)
         if not result.accepted:
             result.captured_drift, _ = _compare(before, before.callable(), expected)
         phases["verification"] = seconds + time.perf_counter() - started

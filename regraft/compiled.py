@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from regraft.build import Build, Entry, Toolchain, build, copied_entry, output_of
-from regraft.errors import ArtifactError, CaptureError, InputError
+from regraft.errors import ArtifactError, CaptureError, InputError, RegraftError
 from regraft.gate import CAPTURE, gate_of
 from regraft.guard import UnsupportedInput, describe, describe_call, flatten_call, key_of
 from regraft.ir.capture import capture
@@ -28,6 +28,7 @@ from regraft.stand_in import StandIn
 from regraft.watch import WeightWatch
 
 if TYPE_CHECKING:
+    from regraft.experts import Placement, Together
     from regraft.report.model import Report
 
 _LOG = logging.getLogger("regraft")
@@ -47,6 +48,12 @@ class Options:
     verify: str = "each"
     maximum_entries: int = 8
     toolchain: Toolchain = field(default_factory=Toolchain)
+    experts: Placement | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether compiled code is one rank's part of the model, which the original cannot stand in for."""
+        return self.experts is not None and self.experts.sharded
 
 
 class CompiledModule(StandIn):
@@ -79,6 +86,7 @@ class CompiledModule(StandIn):
         self._clock = itertools.count(1)
         self._watch: WeightWatch | None = None
         self._told: set[str] = set()
+        self._met = False  # whether the ranks have compiled together
         self._restless = 0  # compilations in a row that were of use for a few calls only
         self._forget()
         self.__dict__["_closed"] = True
@@ -171,7 +179,9 @@ class CompiledModule(StandIn):
         if len(self._entries) > 1:
             _LOG.warning("the model holds code for %d shapes; the latest is saved", len(self._entries))
         tuning = getattr(entry.executable, "tuning", b"")  # loading measures nothing, and picks the same kernels
-        members = {"tuning.jsonl": tuning} if tuning else None
+        members = {"tuning.jsonl": tuning} if tuning else {}
+        if self._options.experts is not None:
+            members["plan.json"] = self._options.experts.sharding.plan.to_json().encode()
         save(path, entry.program, report=self.report.to_json(), target=self._options.target, members=members)
 
     # What follows serves calls that are not the common case.
@@ -213,7 +223,7 @@ class CompiledModule(StandIn):
             if len(self._waiting) >= _KEYS_REMEMBERED:
                 self._waiting.clear()
             returns = self._waiting[key] = self._waiting.get(key, 0) + 1
-            if returns < _RETURNS_BEFORE_EVICTION:
+            if returns < _RETURNS_BEFORE_EVICTION and not self._options.sharded:
                 return (
                     f"code for {len(self._entries)} shapes is held, which is the limit, and inputs {shown} have "
                     "another; compile with dynamic=True"
@@ -238,10 +248,21 @@ class CompiledModule(StandIn):
         with CAPTURE, no_cycle_search(), gate_of(model).capturing() as alone:
             if not alone:
                 return "another thread runs the original, which must rest while it is captured"
-            return self._compile_alone(model, key, args, kwargs, dynamic)
+            experts = self._options.experts
+            if experts is None or not experts.together or self._met:
+                return self._compile_alone(model, key, args, kwargs, dynamic)
+            self._met = True  # later captures are this rank's own: the others know nothing of them
+            with experts.meeting(self._options.verify) as together:
+                return self._compile_alone(model, key, args, kwargs, dynamic, together)
 
     def _compile_alone(
-        self, model: nn.Module, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+        self,
+        model: nn.Module,
+        key: Hashable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dynamic: Any,
+        together: Together | None = None,
     ) -> Entry | str:
         started = time.perf_counter()
         program = capture(self._source, args, kwargs, dynamic)
@@ -254,13 +275,16 @@ class CompiledModule(StandIn):
                 self._options.verify,
                 self._options.toolchain,
                 lambda: _own_output(model, args, kwargs),
+                together,
             )
-        except CaptureError:
+        except RegraftError:
             raise
         except Exception as error:  # a fault of ours must not take the model away
             _LOG.debug("compilation failed", exc_info=True)
             return self._refuse(key, f"compilation failed ({first_line(error)}); please report it")
         self._take_report(made, seconds)
+        for reason in self._options.experts.refused(made.log) if self._options.experts is not None else ():
+            self._event("placement", reason)
         if not made.accepted:
             return self._refuse(key, made.why_refused)
         self.install(made.entry)
@@ -270,6 +294,8 @@ class CompiledModule(StandIn):
         return made.entry
 
     def _refuse(self, key: Hashable, reason: str, tell: bool = True) -> str:
+        if self._options.sharded:
+            raise CaptureError(f"{reason}; the experts are sharded, so that this rank cannot run the model by itself")
         if len(self._refused) >= _KEYS_REMEMBERED:
             self._refused.clear()
         self._refused[key] = reason
@@ -314,6 +340,8 @@ class CompiledModule(StandIn):
         self._watch = WeightWatch(self.original, self._captured.values(), mutated)
 
     def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._options.sharded:
+            raise InputError(f"{reason}, and with its experts sharded this rank cannot run the model by itself")
         model = self.original
         if model is None or self._freed or (not self._recapture and reason.startswith("no code")):
             why = "its weights were freed" if self._freed else "there is no original to run instead"

@@ -105,12 +105,17 @@ def reference(
 
 def _bytes(rows: Tensor) -> Tensor:
     """``[rows, bytes]``: one message a copy, whatever types travel in it."""
-    return rows.contiguous().view(torch.uint8)
+    return _dense(rows).view(torch.uint8)
 
 
 def _parts(blob: Tensor, like: tuple[Tensor, ...]) -> list[Tensor]:
     sizes = [part.shape[1] * part.element_size() for part in like]
-    return [cut.contiguous().view(part.dtype) for cut, part in zip(blob.split(sizes, 1), like, strict=True)]
+    return [_dense(cut).view(part.dtype) for cut, part in zip(blob.split(sizes, 1), like, strict=True)]
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """Rows in order, with the strides to show for it: of one row or none `contiguous` leaves them as they are."""
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op(

@@ -15,6 +15,7 @@ from regraft.cli.common import (
     ModelArgument,
     Refused,
     TargetOption,
+    UsageFault,
     check_output,
     emit,
     guard,
@@ -31,6 +32,13 @@ class Verify(StrEnum):
     OFF = "off"
 
 
+class Split(StrEnum):
+    """Which copy of an expert a token uses."""
+
+    EVEN = "even"
+    NEAREST = "nearest"
+
+
 def optimize(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.regraft", help="The artifact to write.")],
@@ -41,14 +49,29 @@ def optimize(
     ] = Verify.EACH,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Keep every size that can be symbolic so.")] = False,
     inputs: InputsOption = None,
+    experts: Annotated[
+        Path | None, typer.Option("--experts", metavar="PLAN", help="A plan of `regraft place`: permutes the experts.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Shard the experts instead: the part of this rank of the plan.")
+    ] = None,
+    split: Annotated[
+        Split, typer.Option("--split", help="With --rank: which copy of a replicated expert a token uses.")
+    ] = Split.EVEN,
+    topology: Annotated[
+        str | None, typer.Option("--topology", help="With --split nearest: the nodes, a preset or a TOML file.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compile MODEL, check it, and write the artifact."""
     with guard(as_json):
-        check_output(output, html, keep=(model, inputs))
+        check_output(output, html, keep=(model, inputs, experts))
+        placed = _placed(experts, rank, split, topology)
         with progress(f"compiling {model}", as_json):
             source = toolbox.resolve(model, inputs)
-            fast = toolbox.compile_model(source, target=target, dynamic=True if dynamic else None, verify=verify.value)
+            fast = toolbox.compile_model(
+                source, target=target, dynamic=True if dynamic else None, verify=verify.value, experts=placed
+            )
         report = fast.report
         report.model = report.model or model
         if html is not None:
@@ -65,6 +88,19 @@ def optimize(
         with progress(f"writing {output}", as_json):
             fast.save(output)
         emit(as_json, lambda: _data(output, html, report), lambda: _text(output, html, report))
+
+
+def _placed(experts: Path | None, rank: int | None, split: Split, topology: str | None) -> Any:
+    """What ``regraft.compile`` takes as ``experts``. Raises ``UsageFault``."""
+    if experts is None:
+        if rank is not None or topology is not None or split is not Split.EVEN:
+            raise UsageFault("--rank, --split and --topology say how a plan is run; give the plan with --experts")
+        return None
+    if rank is None:
+        if topology is not None or split is not Split.EVEN:
+            raise UsageFault("--split and --topology are for one rank's part of a plan; give it with --rank")
+        return experts
+    return toolbox.sharding(experts, rank, split.value, topology)
 
 
 def _data(output: Path, html: Path | None, report: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from regraft.build import Passes
     from regraft.ir.device import Device
     from regraft.ir.program import Program
+    from regraft.passes.experts.sharding import Sharding
     from regraft.report import Report
     from regraft.sources import Source
 
@@ -45,6 +46,21 @@ def compile_model(source: Source, **options: Any) -> Any:
     if not source.args and not source.kwargs:  # an ExportedProgram carries its own; a forward may take none
         return regraft.compile(source.model, None if _is_exported(source.model) else (), **options)
     return regraft.compile(source.model, source.args, source.kwargs, **options)
+
+
+def sharding(plan: Path, rank: int, split: str, topology: str | None) -> Sharding:
+    """One rank's part of a plan file; raises ``UsageFault`` for what does not exist or does not fit."""
+    from regraft.passes.experts.errors import ShardingError
+    from regraft.passes.experts.sharding import Sharding
+    from regraft.placement.request import read_topology
+    from regraft.solvers.placement.errors import PlacementError
+    from regraft.solvers.placement.plan import Plan
+
+    try:
+        cluster = None if topology is None else read_topology(topology)
+        return Sharding(Plan.load(plan), split, cluster=cluster, rank=rank)
+    except (PlacementError, ShardingError) as error:
+        raise UsageFault(str(error)) from error
 
 
 def _is_exported(model: Any) -> bool:

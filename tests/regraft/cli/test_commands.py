@@ -72,7 +72,7 @@ def test_optimize_writes_artifact_and_report(calls: dict[str, Any], tmp_path: Pa
     result = regraft("optimize", "tests:model", "-o", out, "--html", page, "--target", "cpu", "--verify", "final")
     assert result.exit_code == 0 and result.stderr == ""
     assert out.read_bytes() == b"artifact" and "<!doctype html>" in page.read_text()
-    assert calls["options"] == {"target": "cpu", "dynamic": None, "verify": "final"}
+    assert calls["options"] == {"target": "cpu", "dynamic": None, "verify": "final", "experts": None}
     assert "3 rewrites made" in result.stdout and f"wrote {out}" in result.stdout
     assert sorted(tmp_path.iterdir()) == [out, page]
 
