@@ -181,10 +181,10 @@ def whole_counts(values: NDArray[np.generic], where: str) -> Counts:
     """Counts as whole numbers. Raises ``PlacementError`` on NaN, infinite, negative or non-numeric entries."""
     if values.dtype.kind not in "iuf":
         raise PlacementError(f"{where} holds counts of type {values.dtype}; expected numbers of tokens")
-    if not np.isfinite(values.astype(np.float64)).all():
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise PlacementError(
             f"{where} holds counts that are not finite; expected whole numbers of tokens; record again"
         )
-    if (values.astype(np.float64) < 0).any():
+    if values.size and values.min() < 0:
         raise PlacementError(f"{where} holds negative counts; expected numbers of tokens >= 0; record again")
-    return np.rint(values.astype(np.float64)).astype(np.int64)
+    return (np.rint(values) if values.dtype.kind == "f" else values).astype(np.int64)

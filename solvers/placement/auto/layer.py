@@ -27,7 +27,7 @@ from regraft.solvers.placement.workload import Workload
 #: More tokens than any sample has.
 _ALL = 1 << 40
 #: How much more balanced than the table to keep up with: a margin for batches that were not seen.
-_MARGIN = 1.002
+_MARGIN = 1.008
 
 
 @dataclass(frozen=True)
