@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Dispatched:
     """One call of ``regraft::moe_dispatch``: this ``rank`` had ``sent[r]`` rows for rank ``r`` in expert layer
-    ``layer``; those for itself do not leave it."""
+    ``layer``; those for itself do not leave it. ``chosen [tokens, top_k]`` are the experts that its tokens asked for,
+    what a prediction is made from."""
 
     layer: int
     rank: int
     sent: tuple[int, ...]
+    chosen: Tensor
 
     @property
     def crossing(self) -> int:

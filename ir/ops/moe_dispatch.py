@@ -94,7 +94,7 @@ def reference(
     rows = hidden[token]
     if peers is None:
         return rows, slot, shares, token, torch.stack([sent, sent])
-    tell(Dispatched(layer, rank, tuple(sent.tolist())))
+    tell(Dispatched(layer, rank, tuple(sent.tolist()), index))
     received = exchange_counts(sent, peers)
     counts = torch.stack([sent, received])
     parts = rows, slot, shares

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, scaling, variants
+from bench import gpu, scaling, shard, variants
 from bench.cold import PeakMemory
 from bench.decoder import PlainDecoder
 from bench.timing import time_in_turn, write_record
@@ -86,3 +86,9 @@ def test_the_bench_of_the_gpu_can_be_rehearsed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(gpu.MODELS, "decoder", lambda: (model, torch.arange(12).reshape(2, 6)))
     row = gpu.measure("decoder", "float32", "cpu", rounds=1, peers=False)
     assert row.passed and row.attention == 1
+
+
+def test_plans_of_the_sharding_bench_hold_every_expert_and_some_twice() -> None:
+    plan = shard.random_plan(experts=8, layers=(1, 3), ranks=4, redundant=3, seed=0)
+    assert plan.slots_per_rank == (3, 3) and plan.layer_ids == (1, 3)
+    assert plan.replicas.min() == 1 and plan.replicas.sum(1).tolist() == [12, 12]

@@ -43,6 +43,7 @@ def test_every_concept_has_a_page() -> None:
         "reports",
         "placement",
         "placement-permute",
+        "placement-shard",
         "token-reduction",
         "writing-a-rule",
     }

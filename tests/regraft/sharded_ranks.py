@@ -132,6 +132,9 @@ def family(kind: str) -> Callable[[Path], dict[str, Any]]:
             "drift": fast.report.end_to_end_drift,
             "crossed": crossed(count, LAYERS[kind]),
             "predicted": predicted(sharding, torch.stack(choices.found)),
+            "chosen": all(
+                torch.equal(call.chosen, index) for call, index in zip(count.calls, choices.found, strict=True)
+            ),
             "events": [event.reason for event in fast.report.events],
         }
 
@@ -148,7 +151,15 @@ def low_precision(folder: Path) -> dict[str, Any]:
     model = HandWritten().to(torch.bfloat16).eval()
     x = rows_of(3 + dist.get_rank(), torch.bfloat16)
     fast = regraft.compile(model, (x,), experts=replicated(6, (0,), RANKS))
-    return {"error": relative(fast(x).float(), regraft.compile(model, (x,))(x).float()), "dtype": str(fast(x).dtype)}
+    with regraft.count_copies() as count:
+        out = fast(x)
+    sharding = Sharding(replicated(6, (0,), RANKS))
+    return {
+        "error": relative(out.float(), regraft.compile(model, (x,))(x).float()),
+        "dtype": str(out.dtype),
+        "crossed": crossed(count, (0,)),
+        "predicted": predicted(sharding, count.calls[0].chosen[None]),
+    }
 
 
 def changing_sizes(folder: Path) -> dict[str, Any]:

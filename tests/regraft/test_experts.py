@@ -87,8 +87,10 @@ def test_a_toolchain_of_one_s_own_takes_no_plan() -> None:
         regraft.compile(HandWritten().eval(), (X,), experts=PERMUTED, toolchain=Toolchain())
 
 
-def test_one_rank_s_part_is_made_checked_and_saved_by_one_process(tmp_path: Path) -> None:
-    fast = regraft.compile(HandWritten().eval(), (X,), experts=regraft.Sharding(REPLICATED, rank=1))
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_rank_s_part_is_made_checked_and_saved_by_one_process(dynamic: bool | None, tmp_path: Path) -> None:
+    part = regraft.Sharding(REPLICATED, rank=1)
+    fast = regraft.compile(HandWritten().eval(), (X,), experts=part, dynamic=dynamic)
     assert rules(fast) == ["shard-site"]
     assert fast.report.log.applications[-1].drift is not None
     assert fast.report.end_to_end_drift is None  # that takes the other ranks
@@ -97,6 +99,8 @@ def test_one_rank_s_part_is_made_checked_and_saved_by_one_process(tmp_path: Path
     assert Plan.from_json(loaded.members["plan.json"].decode()).to_json() == REPLICATED.to_json()
     (sent,) = (node.kwargs for node in loaded.program.graph.nodes if node.target is moe_dispatch)
     assert (sent["rank"], sent["ranks"], sent["group"]) == (1, 2, "world")
+    named = " ".join(row.operator for row in fast.report.operators_after)
+    assert "moe_dispatch" in named and "moe_combine" in named
 
 
 def test_the_part_does_not_run_alone_and_the_original_does_not_stand_in() -> None:

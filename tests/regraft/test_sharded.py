@@ -68,7 +68,7 @@ def test_every_rank_knows_the_drift_of_the_worst(kind: str, found: dict[str, lis
     assert 0 < max(drifts) <= 1e-5 and len(set(drifts)) == 1
 
 
-@pytest.mark.parametrize("kind", RUN)
+@pytest.mark.parametrize("kind", [*RUN, "low precision"])
 def test_the_copies_that_cross_are_those_that_the_plan_predicts(
     kind: str, found: dict[str, list[dict[str, Any]]]
 ) -> None:
@@ -77,6 +77,11 @@ def test_the_copies_that_cross_are_those_that_the_plan_predicts(
     crossed = of(found, kind, "crossed")
     assert [[rank[layer] for rank in crossed] for layer in range(len(predicted))] == predicted
     assert sum(map(sum, predicted[0])) > 0
+
+
+@pytest.mark.parametrize("kind", RUN)
+def test_counting_tells_what_the_tokens_chose(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    assert of(found, kind, "chosen") == [True] * RANKS
 
 
 def test_bf16_differs_by_the_order_of_sums_alone(found: dict[str, list[dict[str, Any]]]) -> None:

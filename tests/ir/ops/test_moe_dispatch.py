@@ -122,7 +122,8 @@ def test_without_a_process_group_code_for_one_says_what_to_do() -> None:
 
 
 def test_counts_add_up_by_layer_and_leave_out_what_stays() -> None:
-    count = CopyCount([Dispatched(3, 1, (2, 5)), Dispatched(4, 1, (1, 1)), Dispatched(3, 1, (1, 0))])
+    calls = (3, (2, 5)), (4, (1, 1)), (3, (1, 0))
+    count = CopyCount([Dispatched(layer, 1, sent, torch.zeros(0, 2)) for layer, sent in calls])
     assert count.sent(3) == (3, 5)
     assert count.crossing == 4
 
