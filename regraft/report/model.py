@@ -22,7 +22,8 @@ class ReportError(RegraftError, ValueError):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened at run time: ``kind`` is "recapture", "fallback" or "relowering"."""
+    """Something that happened at run time: ``kind`` is "recapture", "fallback", "relowering", or "placement" for
+    experts that a plan could not move."""
 
     kind: str
     reason: str

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -310,7 +311,7 @@ def main(folder: Path) -> None:
     """Run every case on this rank."""
     torch.set_num_threads(1)
     logging.getLogger("regraft").setLevel(logging.ERROR)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(minutes=3))  # ranks that wait in vain do not stay behind
     cases = {**CASES, **(TRANSFORMERS if find_spec("accelerate") else {})}
     found = {name: case(folder) for name, case in cases.items()}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
