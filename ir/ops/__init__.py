@@ -3,12 +3,14 @@
 from regraft.ir.ops.activation import activation
 from regraft.ir.ops.add_norm import add_norm
 from regraft.ir.ops.attention import attention
+from regraft.ir.ops.attention_packed import attention_packed
 from regraft.ir.ops.glu import glu
 from regraft.ir.ops.linear import linear
 from regraft.ir.ops.merge_tokens import merge_tokens
 from regraft.ir.ops.moe import moe
 from regraft.ir.ops.moe_combine import moe_combine
 from regraft.ir.ops.moe_dispatch import moe_dispatch
+from regraft.ir.ops.pack_tokens import pack_tokens
 from regraft.ir.ops.plan_merge import plan_merge
 from regraft.ir.ops.registry import OPERATORS, Cost, SemanticOperator
 from regraft.ir.ops.rms_norm import rms_norm
@@ -23,12 +25,14 @@ __all__ = [
     "activation",
     "add_norm",
     "attention",
+    "attention_packed",
     "glu",
     "linear",
     "merge_tokens",
     "moe",
     "moe_combine",
     "moe_dispatch",
+    "pack_tokens",
     "plan_merge",
     "rms_norm",
     "rope",

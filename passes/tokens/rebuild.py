@@ -26,6 +26,8 @@ from regraft.passes.tokens.step import Duty, Step
 from regraft.passes.tokens.walk import Walk
 
 aten = torch.ops.aten
+#: Builds the node that takes the place of an old one at a stage.
+Writer = Callable[["Rebuild", Builder, fx.Node, Step, int], fx.Node]
 
 
 @dataclass
@@ -64,14 +66,19 @@ class Rebuild:
         if stage == 0:
             return
         build = self.builder(old, old)
-        if step.duty is Duty.UNMERGE:
+        writer = self.writer(step)
+        if writer is None:
             self._unmerge(build, old)
             return
-        made = _WRITERS[step.duty](self, build, old, step, stage)
+        made = writer(self, build, old, step, stage)
         if step.layout is None:
             self.settled[old] = made
         else:
             self.new[old], self.stage[old] = made, stage
+
+    def writer(self, step: Step) -> Writer | None:
+        """What writes such a node; None for one in front of which every token is put back."""
+        return _WRITERS.get(step.duty)
 
     def value(self, node: fx.Node) -> fx.Node:
         """What stands for an operand now."""
@@ -118,10 +125,7 @@ class Rebuild:
                 self.restored_inputs.append((old, operand, self.restored(build, operand)))
 
 
-Writer = Callable[[Rebuild, Builder, fx.Node, Step, int], fx.Node]
-
-
-def _same(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: int) -> fx.Node:
+def same(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: int) -> fx.Node:
     """The same call; what it reads besides is brought to the stage."""
     target = step.layout or next(layout for layout in map(rebuild.walk.of, old.all_input_nodes) if layout)
     tables = {arguments(old)[name] for name in ("cos", "sin")} if is_call(old, (ops.rope,)) else set()
@@ -146,7 +150,7 @@ _WEIGHTED = frozenset(
 )  # fmt: skip
 
 
-def _resize(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: int) -> fx.Node:
+def resize(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: int) -> fx.Node:
     """A reshape or expansion to the sizes that are left."""
     assert step.layout is not None
     source = rebuild.value(old.all_input_nodes[0])
@@ -220,8 +224,8 @@ def _attention(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage
 
 
 _WRITERS: dict[Duty, Writer] = {
-    Duty.SAME: _same,
-    Duty.RESIZE: _resize,
+    Duty.SAME: same,
+    Duty.RESIZE: resize,
     Duty.ATTENTION: _attention,
     Duty.MEAN: _mean,
     Duty.SUM: _sum,

@@ -41,10 +41,10 @@ def attentions(program: Program) -> list[fx.Node]:
 def _is_self_attention(node: fx.Node) -> bool:
     given = arguments(node)
     query, key = given["query"], given["key"]
-    return size_equal(shape(query)[2], shape(key)[2]) and _projected(query) is _projected(key)
+    return size_equal(shape(query)[2], shape(key)[2]) and projected(query) is projected(key)
 
 
-def _projected(node: fx.Node) -> fx.Node | None:
+def projected(node: fx.Node) -> fx.Node | None:
     """What a query or key is a projection of."""
     for _ in range(_LONGEST_WAY):
         if is_call(node, _PRODUCTS):

@@ -87,6 +87,19 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         (numbers(2, 9, 4), numbers(2, 9), torch.arange(9)[None] < torch.tensor([[9], [5]])),
         {"remove": 3, "matching": "fuse", "prefix": 1, "suffix": 1},
     ),
+    "pack_tokens": (ops.pack_tokens, (torch.tensor([[1, 1, 0], [1, 0, 0]]), 0, 1), {}),
+    "attention_packed": (
+        ops.attention_packed,
+        (
+            numbers(1, 4, 3, 8),
+            numbers(1, 2, 3, 8),
+            numbers(1, 2, 3, 6),
+            torch.tensor([[0, 1, 3]]),
+            torch.tensor([0, 2, 3]),
+            torch.tensor([[True, True, False]]),
+        ),
+        {"length": 3, "scale": 0.5, "mask": "band(-1,1)", "empty_rows": "zero"},
+    ),
     "merge_tokens": (
         ops.merge_tokens,
         (numbers(1, 4, 3), None, torch.tensor([[0, 1, 3]]), torch.tensor([[2]]), torch.tensor([[0, 1, 0, 2]])),
