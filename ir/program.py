@@ -81,6 +81,19 @@ class Program:
         """The weight that a placeholder stands for; None for a user input or any other node."""
         return self._weight_of.get(node.name) if node.op == "placeholder" else None
 
+    def is_made_of_weights(self, node: fx.Node) -> bool:
+        """Whether no user input is read for ``node``; its sizes may be."""
+        pending, seen = [node], set[fx.Node]()
+        while pending:
+            at = pending.pop()
+            if at in seen or at.target is torch.ops.aten.sym_size.int:
+                continue
+            seen.add(at)
+            if at.op == "placeholder" and self.weight_name(at) is None:
+                return False
+            pending += at.all_input_nodes
+        return True
+
     def user_inputs(self) -> list[fx.Node]:
         """The placeholders of the user's flat inputs, in the order of ``in_spec``."""
         return list(self._user_inputs)

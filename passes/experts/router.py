@@ -99,22 +99,8 @@ def _is_product(program: Program, node: fx.Node, experts: int) -> bool:
         return False
     given: Any = arguments(node)
     if is_call(node, (aten.linear.default,)):
-        return _is_made_of_weights(program, given["weight"])
-    return is_call(node, (aten.matmul.default, aten.mm.default)) and _is_made_of_weights(program, given["other"])
-
-
-def _is_made_of_weights(program: Program, node: fx.Node) -> bool:
-    """Whether no user input is read for ``node``."""
-    pending, seen = [node], set()
-    while pending:
-        at = pending.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        if at.op == "placeholder" and program.weight_name(at) is None:
-            return False
-        pending += at.all_input_nodes
-    return True
+        return program.is_made_of_weights(given["weight"])
+    return is_call(node, (aten.matmul.default, aten.mm.default)) and program.is_made_of_weights(given["other"])
 
 
 def _again(build: Builder, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:

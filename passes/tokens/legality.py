@@ -90,14 +90,8 @@ def examine(program: Program, protect: int = 0, drops: bool = False) -> Legality
 def _walk(program: Program, start: fx.Node) -> Walk:
     """The walk from ``start``, whose result is ``[batch, heads, tokens, head_dim]``."""
     batch, heads, tokens, width = shape(start)
-    walk = Walk(tokens)
-    walk.layouts[start] = ((Batch(batch),), *plain([heads]), (Span(0, tokens),), *plain([width]))
-    behind = False
-    for node in program.graph.nodes:
-        if behind:
-            walk.step(node)
-        behind = behind or node is start
-    return walk
+    layout = ((Batch(batch),), *plain([heads]), (Span(0, tokens),), *plain([width]))
+    return Walk.behind(start, layout, tokens)
 
 
 def _site(found: Legality, attention: fx.Node, drops: bool) -> Site:

@@ -108,19 +108,6 @@ def leading_constants(program: Program, tokens: int, width: Any) -> int:
 
 def _leading(program: Program, parts: list[fx.Node]) -> Iterator[int]:
     for part in parts:
-        if not is_tensor(part) or not _is_constant(program, part):
+        if not is_tensor(part) or not program.is_made_of_weights(part):
             return
         yield int(shape(part)[1])
-
-
-def _is_constant(program: Program, node: fx.Node) -> bool:
-    pending, seen = [node], set[fx.Node]()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder" and program.weight_name(current) is None:
-            return False
-        pending += [source for source in current.all_input_nodes if is_tensor(source)]
-    return True

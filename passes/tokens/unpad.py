@@ -151,14 +151,7 @@ def _walk(program: Program, start: fx.Node) -> Walk:
     batch, tokens, width = shape(start)
     if not isinstance(tokens, int):
         raise Refused("the number of tokens is a symbol; capture with a fixed length", start)
-    walk = Walk(tokens)
-    walk.layouts[start] = ((Batch(batch),), (Span(0, tokens),), *plain([width]))
-    behind = False
-    for node in program.graph.nodes:
-        if behind:
-            walk.step(node)
-        behind = behind or node is start
-    return walk
+    return Walk.behind(start, ((Batch(batch),), (Span(0, tokens),), *plain([width])), tokens)
 
 
 def _check(walk: Walk, mask: fx.Node) -> None:

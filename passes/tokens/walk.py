@@ -32,6 +32,16 @@ class Walk:
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
     steps: dict[fx.Node, Step] = field(default_factory=dict)
 
+    @classmethod
+    def behind(cls, start: fx.Node, layout: Layout, tokens: int) -> Walk:
+        """All that comes behind ``start``, whose result has this layout."""
+        walk = cls(tokens, {start: layout})
+        node = start.next
+        while node.op != "root":
+            walk.step(node)
+            node = node.next
+        return walk
+
     def of(self, node: Any) -> Layout | None:
         """The layout of an operand, None where it holds no tokens of the walk."""
         return self.layouts.get(node) if isinstance(node, fx.Node) else None
