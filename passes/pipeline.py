@@ -92,8 +92,9 @@ class FuseNorms(RulePass):
     rules: ClassVar[Sequence[Rule]] = (FuseResidualNorm(),)
 
 
-def default_pipeline(target: str = "cpu", experts: Pass | None = None) -> Pipeline:
-    """Exact passes, in order, for ``target``; ``experts`` places the experts once they are recognised."""
+def default_pipeline(target: str = "cpu", experts: Pass | None = None, tokens: Sequence[Pass] = ()) -> Pipeline:
+    """Exact passes, in order, for ``target``; ``experts`` places the experts once they are recognised, and ``tokens``
+    are passes on the token axis, which run on recognised blocks before linear layers are merged."""
     return Pipeline(
         (
             *CANONICALIZE,
@@ -102,6 +103,7 @@ def default_pipeline(target: str = "cpu", experts: Pass | None = None) -> Pipeli
             CountSites(),
             *((experts,) if experts is not None else ()),
             MergeCommonSubexpressions(),
+            *tokens,
             DropUnread(),
             FuseLinearsOnCpu() if target.startswith("cpu") else FuseLinears(),
             FuseNorms(),
