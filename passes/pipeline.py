@@ -92,9 +92,8 @@ class FuseNorms(RulePass):
     rules: ClassVar[Sequence[Rule]] = (FuseResidualNorm(),)
 
 
-def default_pipeline(target: str = "cpu", experts: Pass | None = None, tokens: Sequence[Pass] = ()) -> Pipeline:
-    """Exact passes, in order, for ``target``; ``experts`` places the experts once they are recognised, and ``tokens``
-    are passes on the token axis, which run on recognised blocks before linear layers are merged."""
+def recognising(experts: Pass | None = None) -> Pipeline:
+    """The canonical form and the recognised blocks; ``experts`` places the experts once they are recognised."""
     return Pipeline(
         (
             *CANONICALIZE,
@@ -103,7 +102,14 @@ def default_pipeline(target: str = "cpu", experts: Pass | None = None, tokens: S
             CountSites(),
             *((experts,) if experts is not None else ()),
             MergeCommonSubexpressions(),
-            *tokens,
+        )
+    )
+
+
+def finishing(target: str = "cpu") -> Pipeline:
+    """From recognised blocks to what is lowered for ``target``."""
+    return Pipeline(
+        (
             DropUnread(),
             FuseLinearsOnCpu() if target.startswith("cpu") else FuseLinears(),
             FuseNorms(),
@@ -111,3 +117,9 @@ def default_pipeline(target: str = "cpu", experts: Pass | None = None, tokens: S
             DropDeadCode(),
         )
     )
+
+
+def default_pipeline(target: str = "cpu", experts: Pass | None = None, tokens: Sequence[Pass] = ()) -> Pipeline:
+    """Exact passes, in order, for ``target``; ``experts`` places the experts once they are recognised, and ``tokens``
+    are passes on the token axis, which run on recognised blocks before linear layers are merged."""
+    return Pipeline((*recognising(experts).passes, *tokens, *finishing(target).passes))
