@@ -27,6 +27,7 @@ def parsed(text: str) -> Predicate:
 
 def conjunction(parts: Sequence[Predicate]) -> Predicate:
     """All of the parts: everything for none, the part itself for one."""
+    parts = [part for part in parts if not isinstance(part, Everything)]
     if len(parts) > 1:
         return And(tuple(parts))
     return parts[0] if parts else Everything()
@@ -58,27 +59,34 @@ def additive_mask(
     fill: float,
 ) -> Tensor:
     """What is added to the scores of ``query`` ``[batch, heads, length, head_dim]``: the bias where the predicate
-    holds and ``fill`` elsewhere, ``[batch or 1, heads or 1, length, keys]``, in ``query``'s element type."""
+    holds and ``fill`` elsewhere, ``[batch or 1, heads or 1, length or 1, keys]``, in ``query``'s element type."""
     length = query.shape[-2]
-    added = torch.zeros((1, 1, length, key_length), dtype=query.dtype, device=query.device)
+    predicate = parsed(text)
+    added = torch.zeros((1, 1, 1, key_length), dtype=query.dtype, device=query.device)
     if bias is not None:
         added = added + bias
     if slopes is not None:
         places = torch.arange(key_length, device=query.device) - torch.arange(length, device=query.device)[:, None]
         added = added + slopes.reshape(-1, 1, 1) * places
-    predicate = parsed(text)
     if not isinstance(predicate, Everything):
-        allowed = to_dense(predicate, tensors, query.shape[0], query.shape[1], length, key_length, query.device)
+        rows, heads = (1, 1) if _is_padding(predicate) else (length, query.shape[1])
+        allowed = to_dense(predicate, tensors, query.shape[0], heads, rows, key_length, query.device)
         added = added.masked_fill(~allowed, fill)
     added = added.to(query.dtype)
     return added.contiguous() if added.stride(-1) != 1 else added
+
+
+def _is_padding(predicate: Predicate) -> bool:
+    """Whether all rows and heads see the same keys."""
+    parts = predicate.operands if isinstance(predicate, And) else (predicate,)
+    return all(isinstance(part, Keys) for part in parts)
 
 
 def mask_key(given: dict[str, Any]) -> tuple[Any, ...]:
     """Equal for sites whose masks are the same tensor: same meaning, same inputs, same lengths."""
     sizes = tuple(str(size) for size in (*shape(given["query"])[:3], shape(given["key"])[-2]))
     read = (tuple(given["mask_tensors"]), given["bias"], given["slopes"])
-    return (given["mask"], given["mask_fill"], *read, sizes, dtype(given["query"]))
+    return (given["mask"], given.get("mask_fill"), *read, sizes, dtype(given["query"]))
 
 
 def gets_no_weight(fill: float) -> bool:

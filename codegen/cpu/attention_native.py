@@ -1,12 +1,16 @@
 """Lowering attention to the native kernel, which takes masks apart: what it can skip, what it must add.
 
-The conjuncts of a site's mask become key intervals per row where they are bands, prefixes, chunks or lengths, one row
-of numbers a batch where they are padding, and a tensor of the size of the scores only for the rest.
+The conjuncts of a site's mask become a few spans of keys per row and head where they are bands, prefixes, chunks,
+lengths, and unions of them; documents and trees too, when their tensors are at hand. Padding is one row of numbers a
+batch, and only the rest is a tensor of the size of the scores.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +33,11 @@ from regraft.codegen.cpu.attention_sdpa import attend_sdpa
 from regraft.codegen.cpu.context import Context
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.native_operators import attend_native
-from regraft.ir.mask import And, Everything, Keys, Predicate, intervals, parse, to_dense
+from regraft.ir.mask import MOST_SPANS, And, Everything, Keys, Predicate, has_spans, most_spans, parse, spans, to_dense
 from regraft.ir.mask.predicate import tensors_of
-from regraft.ir.nodes import concrete, dtype, shape
+from regraft.ir.nodes import concrete, dtype, shape, size_equal
 
+_LOG = logging.getLogger("regraft")
 _LARGEST_SAMPLE = 1 << 26  # scores; a larger site is not measured: reading no keys in vain decides there
 
 
@@ -61,6 +66,8 @@ def measurable(given: dict[str, Any]) -> bool:
     tensors = [given[name].meta["val"] for name in ("query", "key", "value")]
     if any(free_unbacked_symbols(tensor) for tensor in tensors):
         return False
+    if not isinstance(take_apart(given).runs, Everything):
+        return False  # what the tensors hold decides, and a sample does not know it
     form = shape_of(given)
     return form.batch * form.heads * form.length * form.keys <= _LARGEST_SAMPLE
 
@@ -85,8 +92,7 @@ def shape_of(given: dict[str, Any]) -> AttentionShape:
 def native_can(given: dict[str, Any]) -> bool:
     """Whether the native kernel can express a site: fp32, no mask value that keeps some weight or that meets a bias
     and does not absorb it."""
-    tensors = [given[name] for name in ("query", "key", "value", "bias", "slopes", "sinks")]
-    if any(dtype(tensor) != torch.float32 for tensor in tensors if tensor is not None):
+    if not _in_fp32(given, ("query", "key", "value", "bias", "slopes", "sinks")):
         return False
     fill = given["mask_fill"]
     if fill is not None and not (gets_no_weight(fill) if given["bias"] is None else absorbs(fill)):
@@ -94,60 +100,108 @@ def native_can(given: dict[str, Any]) -> bool:
     return not NATIVE.missing()
 
 
+def native_can_map(given: dict[str, Any]) -> bool:
+    """The same for ``regraft::attention_mapped``. Of a mask that is a tensor, minus infinity must weigh nothing."""
+    if not _in_fp32(given, ("query", "key", "value", "bias", "slopes")) or NATIVE.missing():
+        return False
+    parts = take_apart(given)
+    added = given["bias"] is not None or any(
+        not isinstance(p, Everything) for p in (parts.runs, parts.keys, parts.rest)
+    )
+    return not added or given["weight"] not in ("gelu", "identity")
+
+
+def _in_fp32(given: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return all(dtype(given[name]) == torch.float32 for name in names if given[name] is not None)
+
+
 def lower_native(context: Context, given: dict[str, Any]) -> fx.Node:
     """Emit one site."""
-    parts = _take_apart(given)
+    parts = take_apart(given)
     operands = [context.value(given[name]) for name in ("query", "key", "value")]
     tables = [None if given[name] is None else context.value(given[name]) for name in ("slopes", "sinks")]
-    mask = _mask_node(context, given, parts, operands)
-    seen = _interval_node(context, given, parts, operands)
+    mask, seen = mask_nodes(context, given, parts)
     empty = given["empty_rows"] if given["mask_fill"] is None else "mean"
     return context.call(attend_native, *operands, mask, *tables, given["scale"], given["softcap"], seen, empty)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """A mask as the kernel takes it: predicates of key intervals, of padding, and the rest."""
+def lower_native_map(context: Context, given: dict[str, Any]) -> fx.Node:
+    """Emit one site of ``regraft::attention_mapped``."""
+    operands = [context.value(given[name]) for name in ("query", "key", "value")]
+    slopes = None if given["slopes"] is None else context.value(given["slopes"])
+    mask, seen = mask_nodes(context, given, take_apart(given))
+    options = given["scale"], given["softcap"], seen, "zero", given["weight"], given["normaliser"], given["constant"]
+    return context.call(attend_native, *operands, mask, slopes, None, *options)
 
-    intervals: Predicate
+
+@dataclass(frozen=True)
+class Parts:
+    """A mask as the kernel takes it: what is a few spans of keys a row by its form, what a tensor may make so (packed
+    documents, ancestors in a tree), padding, and the rest."""
+
+    spans: Predicate
+    runs: Predicate
     keys: Predicate
     rest: Predicate
 
 
-def _take_apart(given: dict[str, Any]) -> _Parts:
+def take_apart(given: dict[str, Any]) -> Parts:
+    """The parts of a site's mask."""
     predicate = parse(given["mask"])
-    if given["bias"] is not None and given["mask_fill"] is not None:
-        return _Parts(Everything(), Everything(), predicate)  # the number takes the bias's place, and may take weight
+    if given["bias"] is not None and given.get("mask_fill") is not None:
+        # The number takes the bias's place, and may take weight.
+        return Parts(Everything(), Everything(), Everything(), predicate)
     conjuncts = predicate.operands if isinstance(predicate, And) else (predicate,)
     seen: list[Predicate] = []
+    runs: list[Predicate] = []
     keys: list[Predicate] = []
     rest: list[Predicate] = []
     for part in conjuncts:
         if isinstance(part, Keys):
             keys.append(part)
-        elif _is_interval(part):
+        elif most_spans(conjunction([*seen, part])) <= MOST_SPANS:
             seen.append(part)
+        elif has_spans(part):
+            runs.append(part)
         else:
             rest.append(part)
-    if rest or given["bias"] is not None:  # there is a tensor anyway: one is enough
-        rest, keys = rest + keys, []
-    return _Parts(conjunction(seen), conjunction(keys), conjunction(rest))
+    if rest or _is_large(given["bias"]):  # there is a tensor anyway: one is enough
+        rest, runs, keys = rest + runs + keys, [], []
+    return Parts(*map(conjunction, (seen, runs, keys, rest)))
 
 
-def _is_interval(part: Predicate) -> bool:
-    """Whether ``intervals`` can take a conjunct: found out on small stand-ins for its tensors."""
-    stand_ins = [torch.zeros(1, dtype=torch.int64)] * (max(tensors_of(part), default=-1) + 1)
-    return intervals(part, 1, 1, stand_ins) is not None
+def _is_large(bias: fx.Node | None) -> bool:
+    """Whether a bias differs from row to row."""
+    return bias is not None and len(shape(bias)) > 1 and not size_equal(shape(bias)[-2], 1)
 
 
-def _mask_node(context: Context, given: dict[str, Any], parts: _Parts, operands: list[fx.Node]) -> fx.Node | None:
-    """What is added to the scores, None for nothing; sites with equal masks share it."""
+def mask_nodes(context: Context, given: dict[str, Any], parts: Parts) -> tuple[fx.Node | None, fx.Node | None]:
+    """What is added to the scores, and the spans that rows see; None for nothing, for all keys. Sites with equal masks
+    share both."""
+    query, key = (context.value(given[name]) for name in ("query", "key"))
     tensors = [context.value(tensor) for tensor in given["mask_tensors"]]
-    query, key, _ = operands
-    if not isinstance(parts.rest, Everything) or given["bias"] is not None:
+    if not isinstance(parts.runs, Everything) and given["bias"] is None:
+        texts = str(conjunction([parts.spans, parts.runs])), str(parts.keys)
+        both = context.shared(
+            ("spans or mask", texts, mask_key(given)),
+            lambda: context.call(spans_or_mask, *texts, tensors, query, key),
+        )
+        seen = context.shared(("spans of", both), lambda: context.call(operator.getitem, both, 0))
+        mask = context.shared(("mask of", both), lambda: context.call(operator.getitem, both, 1))
+        return mask, seen
+    return _mask_node(context, given, parts, query, key, tensors), _span_node(
+        context, given, parts, query, key, tensors
+    )
+
+
+def _mask_node(
+    context: Context, given: dict[str, Any], parts: Parts, query: fx.Node, key: fx.Node, tensors: list[fx.Node]
+) -> fx.Node | None:
+    hidden = conjunction([part for part in (parts.rest, parts.runs, parts.keys) if not isinstance(part, Everything)])
+    if given["bias"] is not None or not isinstance(parts.rest, Everything):
         bias = None if given["bias"] is None else context.value(given["bias"])
-        fill = -math.inf if given["mask_fill"] is None or bias is None else given["mask_fill"]
-        text = str(parts.rest)
+        fill = -math.inf if given.get("mask_fill") is None or bias is None else given["mask_fill"]
+        text = str(hidden)
         node: fx.Node = context.shared(
             ("native mask", text, mask_key(given)),
             lambda: context.call(score_mask, text, tensors, bias, query, key, fill),
@@ -165,7 +219,8 @@ def _mask_node(context: Context, given: dict[str, Any], parts: _Parts, operands:
 def score_mask(
     text: str, tensors: list[Tensor], bias: Tensor | None, query: Tensor, key: Tensor, fill: float
 ) -> Tensor:
-    """An additive mask of the size of the scores: the bias, and ``fill`` where the predicate does not hold."""
+    """An additive mask: the bias, and ``fill`` where the predicate does not hold; of the size of the scores only where
+    rows differ."""
     return additive_mask(text, tensors, bias, None, query, key.shape[2], fill)
 
 
@@ -175,33 +230,51 @@ def padding_mask(text: str, tensors: list[Tensor], query: Tensor, key: Tensor) -
     return None if bool(seen.all()) else torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
 
 
-def _interval_node(context: Context, given: dict[str, Any], parts: _Parts, operands: list[fx.Node]) -> fx.Node | None:
-    """``[2, batch or 1, length]``: made now where nothing is unknown, else in each call, once for equal masks."""
-    if isinstance(parts.intervals, Everything):
+def _span_node(
+    context: Context, given: dict[str, Any], parts: Parts, query: fx.Node, key: fx.Node, tensors: list[fx.Node]
+) -> fx.Node | None:
+    """Made now where nothing is unknown, else in each call."""
+    if isinstance(parts.spans, Everything):
         return None
-    text = str(parts.intervals)
-    length, keys = shape(given["query"])[2], shape(given["key"])[2]
-    if not tensors_of(parts.intervals) and isinstance(length, int) and isinstance(keys, int):
-        table = context.shared(("intervals", text, length, keys), lambda: interval_table(text, [], length, keys))
-        return context.bind(table, "intervals")
-    tensors = [context.value(tensor) for tensor in given["mask_tensors"]]
+    text = str(parts.spans)
+    heads, length, keys = shape(given["query"])[1], shape(given["query"])[2], shape(given["key"])[2]
+    if not tensors_of(parts.spans) and all(isinstance(size, int) for size in (heads, length, keys)):
+        table = context.shared(("spans", text, heads, length, keys), lambda: span_table(text, [], heads, length, keys))
+        return context.bind(table, "spans")
     node: fx.Node = context.shared(
-        ("interval call", text, mask_key(given)),
-        lambda: context.call(intervals_of, text, tensors, operands[0], operands[1]),
+        ("span call", text, mask_key(given)), lambda: context.call(spans_of, text, tensors, query, key)
     )
     return node
 
 
-def intervals_of(text: str, tensors: list[Tensor], query: Tensor, key: Tensor) -> Tensor:
-    """The interval table of a call."""
-    return interval_table(text, tensors, query.shape[2], key.shape[2])
+def spans_of(text: str, tensors: list[Tensor], query: Tensor, key: Tensor) -> Tensor:
+    """The spans of a call."""
+    return span_table(text, tensors, query.shape[1], query.shape[2], key.shape[2])
 
 
-def interval_table(text: str, tensors: list[Tensor], length: int, keys: int) -> Tensor:
-    """Where the keys that each row sees start and end: ``[2, batch or 1, length]``, int64."""
-    found = intervals(parsed(text), length, keys, tensors)
-    assert found is not None
-    return torch.stack(torch.broadcast_tensors(*found)).contiguous()
+def span_table(text: str, tensors: list[Tensor], heads: int, length: int, keys: int) -> Tensor:
+    """Where the intervals of keys that each row sees start and end: ``[2, batch or 1, heads or 1, length, count]``."""
+    found = spans(parsed(text), heads, length, keys, tensors)
+    assert found is not None  # by the form of the predicate
+    return found
+
+
+def spans_or_mask(
+    text: str, padding: str, tensors: list[Tensor], query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The spans of a call and its padding; where the tensors make too many spans, all of it as one additive mask."""
+    heads, length, keys = query.shape[1], query.shape[2], key.shape[2]
+    found = spans(parsed(text), heads, length, keys, tensors)
+    if found is not None:
+        return found, None if padding == "all" else padding_mask(padding, tensors, query, key)
+    _say_dense(text)
+    both = str(conjunction([parsed(text), parsed(padding)]))
+    return None, additive_mask(both, tensors, None, None, query, keys, -math.inf)
+
+
+@functools.lru_cache(maxsize=256)
+def _say_dense(text: str) -> None:
+    _LOG.warning("the mask %s has rows with more than %d runs of keys: it is a tensor of all scores", text, MOST_SPANS)
 
 
 def sample_runs(given: dict[str, Any], form: AttentionShape) -> dict[str, Callable[[], Any]]:
@@ -218,8 +291,8 @@ def sample_runs(given: dict[str, Any], form: AttentionShape) -> dict[str, Callab
     causal = is_flag(known, form.length, form.keys) == "causal"
     mask, table = dense, None
     if not isinstance(known, Everything):
-        if _is_interval(known):
-            table = interval_table(str(known), [], form.length, form.keys)
+        if most_spans(known) <= MOST_SPANS:
+            table = span_table(str(known), [], form.heads, form.length, form.keys)
         if not causal or table is None:
             mask = additive_mask(str(known), [], None, None, query, form.keys, -math.inf)
     scale, grouped = given["scale"], form.heads != form.kv_heads

@@ -94,6 +94,11 @@ def sdpa_can(given: dict[str, Any]) -> bool:
     return same_width and dtype(given["query"]) == torch.float32
 
 
+def has_flag(given: dict[str, Any]) -> bool:
+    """Whether the flash kernel needs no mask tensor for a site."""
+    return given["sinks"] is None and _flag(given, parse(given["mask"])) is not None
+
+
 def _has_mask(given: dict[str, Any]) -> bool:
     return given["mask"] != "all" or given["bias"] is not None or given["slopes"] is not None
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.codegen.cpu.attention import lower_attention
+from regraft.codegen.cpu.attention import lower_attention, lower_mapped
 from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.executable import Executable
 from regraft.codegen.cpu.linear import lower_linear
@@ -84,6 +84,9 @@ def _lower_node(context: Context, node: fx.Node, tuner: Tuner) -> Lowered:
         return lower_linear(context, node, tuner)
     if node.target is ops.attention:
         return Lowered(full=lower_attention(context, node, tuner))
+    if node.target is ops.attention_mapped:
+        full = lower_mapped(context, node)
+        return Lowered(full=full) if full is not None else _as_it_is(context, node)
     special = LOWERINGS.get(node.target)
     made = special(context, node) if special is not None else None
     return made if made is not None else _as_it_is(context, node)

@@ -40,11 +40,13 @@ from regraft.ir.mask.recognize import (
     recognize_mask,
 )
 from regraft.ir.mask.simplify import simplify
+from regraft.ir.mask.spans import MOST_SPANS, has_spans, most_spans, spans
 
 __all__ = [
     "CAUSAL",
     "EVERYTHING",
     "KEY_LENGTH",
+    "MOST_SPANS",
     "NOTHING",
     "QUERY_LENGTH",
     "Alibi",
@@ -73,15 +75,18 @@ __all__ = [
     "band",
     "chunk",
     "every_row_nonempty",
+    "has_spans",
     "heads",
     "interpret",
     "intervals",
     "is_causal",
+    "most_spans",
     "parse",
     "prefix",
     "proof_lengths",
     "recognize_condition",
     "recognize_mask",
     "simplify",
+    "spans",
     "to_dense",
 ]

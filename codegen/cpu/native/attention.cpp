@@ -2,12 +2,18 @@
 //
 // Keys are packed into panels of transposed columns, so that a block of queries meets them as a matrix product; values
 // are packed into rows of whole vectors. Each task is one block of queries of one head. Keys that none of its queries
-// sees, by their intervals or because a padding mask ends before them, are never touched.
+// sees, by their spans or because a padding mask ends before them, are never touched.
+//
+// Weights are those of a softmax, or a map of each score by itself: no maximum is kept then.
 #include "product.h"
 
 constexpr int64_t QUERY_BLOCK = 48, KEY_BLOCK = 512;
 constexpr int64_t SCORE_STRIDE = KEY_BLOCK + LANES;  // no power of two: rows would share their places in the cache
+constexpr int64_t MOST_SPANS = 8;
 enum EmptyRows { ZERO = 0, NOT_A_NUMBER = 1, MEAN = 2 };
+enum Weights { SOFTMAX = 0, EXP = 1, SIGMOID = 2, RELU = 3, ELU1 = 4, GELU = 5, IDENTITY = 6 };
+// What the sum of mapped weights Z makes of a row: Z, 1, Z + constant, max(|Z|, 1) or a constant divides it.
+enum Normalisers { SUM = 0, NONE = 1, SUM_EPS = 2, SUM_ABS = 3, CONSTANT = 4 };
 
 struct Site {
     const float *query, *key, *value;
@@ -15,13 +21,17 @@ struct Site {
     const float *slopes;  // [heads], times (key - query), added to the scaled scores (ALiBi); null for none
     const float *sinks;   // [heads], a logit that takes weight and gives nothing; null for none
     float *out, *workspace;
-    const int64_t *starts, *ends;  // of the keys that each query sees, [batch, length]; null for all keys
+    const int64_t *starts, *ends;  // of the keys that each query sees, [batch, heads, length, spans]; null for all keys
     int64_t batch, heads, kv_heads, length, keys, head_dim, value_dim;
     int64_t query_strides[3], key_strides[3], value_strides[3], out_strides[3];  // batch, head, row
     int64_t mask_strides[4];                                                     // batch, head, row, key (0 or 1)
-    int64_t interval_stride;                                                     // of starts and ends, batch to batch
-    float scale, softcap;
-    int32_t empty_rows;
+    int64_t span_strides[2], spans;                                              // of starts and ends: batch, head
+    float scale, softcap, constant;
+    int32_t empty_rows, weights, normaliser;
+};
+
+struct Range {
+    int64_t first, last;
 };
 
 // Floats that a caller provides as workspace: packed keys and values of every batch and head.
@@ -47,14 +57,15 @@ static void pack_values(const Site &s, const float *value, int64_t first, float 
     }
 }
 
-// Scaled scores of one row, capped, with mask and slopes added; elements outside [low, high) become -inf.
-static void finish_scores(const Site &s, float *row, const float *mask, float slope, int64_t offset, int64_t low,
-                          int64_t high, int64_t columns) {
-    for (int64_t j = 0; j < low; j++) row[j] = -INFINITY;
-    for (int64_t j = high; j < columns; j++) row[j] = -INFINITY;
+// Scaled scores of one row in [low, high), capped, with mask and slopes added.
+static void finish_scores(const Site &s, float *row, const float *mask, float slope, int64_t offset, Range part) {
+    int64_t low = part.first, high = part.last;
     float scale = s.scale;
     if (s.softcap != 0) {
-        for (int64_t j = low; j < high; j++) row[j] = s.softcap * __builtin_tanhf(row[j] * scale / s.softcap);
+        vec inside = splat(scale / s.softcap), outside = splat(s.softcap);
+        int64_t j = low;
+        for (; j + LANES <= high; j += LANES) store(row + j, tanh_of(load(row + j) * inside) * outside);
+        if (j < high) store_part(row + j, tanh_of(load_part(row + j, high - j) * inside) * outside, high - j);
         scale = 1;
     }
     if (mask && s.mask_strides[3] == 0)
@@ -65,6 +76,36 @@ static void finish_scores(const Site &s, float *row, const float *mask, float sl
         for (int64_t j = low; j < high; j++) row[j] = row[j] * scale;
     if (s.slopes)
         for (int64_t j = low; j < high; j++) row[j] += slope * (float)(offset + j);
+}
+
+INLINE vec mapped(vec x, int32_t weights) {
+    vec one = splat(1.0f), nothing = vec{};
+    switch (weights) {
+        case EXP: {
+            vec power = x * splat(LOG2_E);
+            return power > splat(127.0f) ? splat(INFINITY) : exp2_of(power);
+        }
+        case SIGMOID: {
+            vec power = x * splat(-LOG2_E);
+            return one / (power > splat(127.0f) ? splat(INFINITY) : one + exp2_of(smaller(power, splat(127.0f))));
+        }
+        case RELU: return x < nothing ? nothing : x;
+        case ELU1: return x > nothing ? x + one : exp2_of(x * splat(LOG2_E));
+        case GELU: return splat(0.5f) * x * (one + erf_of(x * splat(0.70710678118654752f)));
+        default: return x;
+    }
+}
+
+// Scores become weights, each by itself; returns their sum. A mask's minus infinity is a weight of nothing.
+static float map_scores(float *row, int64_t columns, int32_t weights) {
+    vec total = vec{};
+    for (int64_t j = 0; j < columns; j += LANES) {
+        vec score = load(row + j);
+        vec weight = score == splat(-INFINITY) ? vec{} : mapped(score, weights);
+        store(row + j, weight);
+        total += weight;
+    }
+    return sum(total);
 }
 
 // Scores become weights relative to the row's maximum so far; returns their sum. What was summed before under a lower
@@ -104,6 +145,64 @@ static void fill_empty(const Site &s, const float *values, int64_t width, float 
     }
 }
 
+// Ranges of keys that some of `rows` queries see, in order and apart; each starts with a panel.
+static int64_t find_ranges(const Site &s, const int64_t *starts, const int64_t *ends, int64_t rows, int64_t keys_end,
+                           Range *ranges) {
+    if (!starts) {
+        ranges[0] = {0, keys_end};
+        return keys_end > 0;
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < s.spans; i++) {
+        int64_t first = s.keys, last = 0;
+        for (int64_t r = i; r < rows * s.spans; r += s.spans)
+            if (starts[r] < ends[r]) first = smaller(first, starts[r]), last = larger(last, ends[r]);
+        first = first / PANEL * PANEL, last = smaller(last, keys_end);
+        if (first >= last) continue;
+        int64_t place = count++;
+        for (; place > 0 && ranges[place - 1].first > first; place--) ranges[place] = ranges[place - 1];
+        ranges[place] = {first, last};
+    }
+    int64_t kept = 0;
+    for (int64_t i = 1; i < count; i++) {
+        if (ranges[i].first <= round_up(ranges[kept].last, PANEL))
+            ranges[kept].last = larger(ranges[kept].last, ranges[i].last);
+        else
+            ranges[++kept] = ranges[i];
+    }
+    return count ? kept + 1 : 0;
+}
+
+// The scores of one query over keys [c, c + columns), finished where it sees the key and minus infinity elsewhere.
+static void finish_row(const Site &s, float *row, const int64_t *starts, const int64_t *ends, int64_t c, int64_t count,
+                       int64_t columns, bool plain, const float *added, float slope, int64_t offset) {
+    int64_t done = 0, parts = starts ? s.spans : 1;
+    for (int64_t i = 0; i < parts; i++) {
+        Range part = {0, count};
+        if (starts) {
+            part.first = smaller(larger(starts[i] - c, done), count);
+            part.last = larger(part.first, smaller(ends[i] - c, count));
+        }
+        if (part.first == part.last) continue;
+        for (int64_t j = done; j < part.first; j++) row[j] = -INFINITY;
+        if (!plain) finish_scores(s, row, added, slope, offset, part);
+        done = part.last;
+    }
+    for (int64_t j = done; j < columns; j++) row[j] = -INFINITY;
+}
+
+// One row's sum of weighted values becomes its output.
+static void finish_output(const Site &s, const float *sums, float total, float maximum, const float *values,
+                          int64_t width, float *out) {
+    if (s.weights == SOFTMAX && maximum == -INFINITY && total == 0) return fill_empty(s, values, width, out);
+    float divisor = total, size = total < 0 ? -total : total;
+    if (s.weights != SOFTMAX && s.normaliser == NONE) divisor = 1;
+    if (s.weights != SOFTMAX && s.normaliser == SUM_EPS) divisor = total + s.constant;
+    if (s.weights != SOFTMAX && s.normaliser == SUM_ABS) divisor = size < 1 ? 1 : size;
+    if (s.weights != SOFTMAX && s.normaliser == CONSTANT) divisor = s.constant;
+    for (int64_t d = 0; d < s.value_dim; d++) out[d] = sums[d] / divisor;
+}
+
 // One block of queries of one head. `keys_end` is behind the last key that the batch's mask leaves.
 static void attend_block(const Site &s, int64_t b, int64_t h, int64_t start, int64_t keys_end, const float *panels,
                          const float *values, int64_t width, float *scratch) {
@@ -113,55 +212,43 @@ static void attend_block(const Site &s, int64_t b, int64_t h, int64_t start, int
     const float *query = s.query + b * s.query_strides[0] + h * s.query_strides[1] + start * s.query_strides[2];
     const float *mask = s.mask ? s.mask + b * s.mask_strides[0] + h * s.mask_strides[1] : nullptr;
     float sink = s.sinks ? s.sinks[h] : -INFINITY, slope = s.slopes ? s.slopes[h] : 0;
-    bool plain = !mask && !s.slopes && s.softcap == 0 && s.scale > 0;
-    const int64_t *starts = s.starts ? s.starts + b * s.interval_stride + start : nullptr;
-    const int64_t *ends = s.starts ? s.ends + b * s.interval_stride + start : nullptr;
-    int64_t first = starts ? s.keys : 0, last = starts ? 0 : keys_end;
-    for (int64_t r = 0; starts && r < rows; r++)
-        if (starts[r] < ends[r]) first = smaller(first, starts[r]), last = larger(last, ends[r]);
-    first = first / PANEL * PANEL, last = smaller(last, keys_end);
+    bool online = s.weights == SOFTMAX, plain = online && !mask && !s.slopes && s.softcap == 0 && s.scale > 0;
+    int64_t table = b * s.span_strides[0] + h * s.span_strides[1] + start * s.spans;
+    const int64_t *starts = s.starts ? s.starts + table : nullptr, *ends = s.starts ? s.ends + table : nullptr;
+    Range ranges[MOST_SPANS];
+    int64_t count_ranges = find_ranges(s, starts, ends, rows, keys_end, ranges);
     for (int64_t r = 0; r < rows; r++) maxima[r] = sink, totals[r] = sink == -INFINITY ? 0 : 1;
-    if (first >= last) memset(sums, 0, rows * width * sizeof(float));
-    for (int64_t c = first; c < last; c += KEY_BLOCK) {
-        int64_t count = smaller(KEY_BLOCK, last - c), columns = round_up(count, LANES);
-        for (int64_t p = 0; p < count; p += PANEL)
-            product(rows, smaller((int64_t)PANEL, columns - p), query, s.query_strides[2], panels + (c + p) * s.head_dim,
-                    PANEL, s.head_dim, scores + p, SCORE_STRIDE, false);
-        for (int64_t r = 0; r < rows; r++) {
-            float *row = scores + r * SCORE_STRIDE, rescale;
-            int64_t low = 0, high = count;
-            if (starts) {
-                low = smaller(larger(starts[r] - c, (int64_t)0), count);
-                high = larger(low, smaller(ends[r] - c, count));
-            }
-            float factor = 1;
-            if (plain) {
-                factor = s.scale;
-                for (int64_t j = 0; j < low; j++) row[j] = -INFINITY;
-                for (int64_t j = high; j < columns; j++) row[j] = -INFINITY;
-            } else {
+    if (!count_ranges) memset(sums, 0, rows * width * sizeof(float));
+    bool begun = false;
+    for (const Range *range = ranges; range < ranges + count_ranges; range++)
+        for (int64_t c = range->first; c < range->last; c += KEY_BLOCK) {
+            int64_t count = smaller(KEY_BLOCK, range->last - c), columns = round_up(count, LANES);
+            for (int64_t p = 0; p < count; p += PANEL)
+                product(rows, smaller((int64_t)PANEL, columns - p), query, s.query_strides[2],
+                        panels + (c + p) * s.head_dim, PANEL, s.head_dim, scores + p, SCORE_STRIDE, false);
+            for (int64_t r = 0; r < rows; r++) {
+                float *row = scores + r * SCORE_STRIDE;
                 const float *added = mask ? mask + (start + r) * s.mask_strides[2] + c * s.mask_strides[3] : nullptr;
-                finish_scores(s, row, added, slope, c - start - r, low, high, columns);
+                const int64_t *from = starts ? starts + r * s.spans : nullptr, *to = starts ? ends + r * s.spans : nullptr;
+                finish_row(s, row, from, to, c, count, columns, plain, added, slope, c - start - r);
+                if (!online) {
+                    totals[r] += map_scores(row, columns, s.weights);
+                    continue;
+                }
+                float rescale, share = weigh(row, columns, maxima[r], plain ? s.scale : 1, rescale);
+                totals[r] = totals[r] * rescale + share;
+                if (begun && rescale != 1)
+                    for (int64_t d = 0; d < width; d += LANES)
+                        store(sums + r * width + d, load(sums + r * width + d) * splat(rescale));
             }
-            float share = weigh(row, columns, maxima[r], factor, rescale);
-            totals[r] = totals[r] * rescale + share;
-            if (c > first && rescale != 1)
-                for (int64_t d = 0; d < width; d += LANES)
-                    store(sums + r * width + d, load(sums + r * width + d) * splat(rescale));
+            for (int64_t d = 0; d < width; d += PANEL)
+                product(rows, smaller((int64_t)PANEL, width - d), scores, SCORE_STRIDE, values + c * width + d, width,
+                        count, sums + d, width, begun);
+            begun = true;
         }
-        for (int64_t d = 0; d < width; d += PANEL)
-            product(rows, smaller((int64_t)PANEL, width - d), scores, SCORE_STRIDE, values + c * width + d, width, count,
-                    sums + d, width, c > first);
-    }
     float *out = s.out + b * s.out_strides[0] + h * s.out_strides[1] + start * s.out_strides[2];
-    for (int64_t r = 0; r < rows; r++, out += s.out_strides[2]) {
-        if (maxima[r] == -INFINITY && totals[r] == 0) {
-            fill_empty(s, values, width, out);
-            continue;
-        }
-        float inverse = 1 / totals[r];
-        for (int64_t d = 0; d < s.value_dim; d++) out[d] = sums[r * width + d] * inverse;
-    }
+    for (int64_t r = 0; r < rows; r++, out += s.out_strides[2])
+        finish_output(s, sums + r * width, totals[r], maxima[r], values, width, out);
 }
 
 // Behind the last key of a batch that a mask shared by its heads and rows leaves; all keys for any other mask.

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from regraft.codegen.cpu.native.call import FLOAT, INT, LONG, POINTER, NativeCall
+from regraft.ir.mask.spans import MOST_SPANS
 
 _POINTERS = ("query", "key", "value", "mask", "slopes", "sinks", "out", "workspace", "starts", "ends")
 #: What a row without a key gives, as the kernel numbers it.
 EMPTY_ROWS = {"zero": 0, "nan": 1, "mean": 2}
+#: Maps of single scores and what divides a row, as the kernel numbers them; names as of ``regraft::attention_mapped``.
+WEIGHTS = {"softmax": 0, "exp": 1, "sigmoid": 2, "relu": 3, "elu1": 4, "gelu": 5, "identity": 6}
+NORMALISERS = {"sum": 0, "none": 1, "sum_eps": 2, "sum_abs": 3, "constant": 4}
 
 
 class _Site(ctypes.Structure):
@@ -22,10 +26,10 @@ class _Site(ctypes.Structure):
         *((name, LONG) for name in ("batch", "heads", "kv_heads", "length", "keys", "head_dim", "value_dim")),
         *((f"{name}_strides", LONG * 3) for name in ("query", "key", "value", "out")),
         ("mask_strides", LONG * 4),
-        ("interval_stride", LONG),
-        ("scale", FLOAT),
-        ("softcap", FLOAT),
-        ("empty_rows", INT),
+        ("span_strides", LONG * 2),
+        ("spans", LONG),
+        *((name, FLOAT) for name in ("scale", "softcap", "constant")),
+        *((name, INT) for name in ("empty_rows", "weights", "normaliser")),
     )
 
 
@@ -39,15 +43,20 @@ def attend(
     sinks: Tensor | None,
     scale: float,
     softcap: float,
-    intervals: Tensor | None,
+    spans: Tensor | None,
     empty_rows: str,
+    weights: str = "softmax",
+    normaliser: str = "sum",
+    constant: float = 0.0,
 ) -> NativeCall:
     """Attention of ``query`` ``[batch, heads, length, head_dim]``, ``key`` and ``value`` with ``kv_heads`` heads, all
     fp32 with any strides; the result is ``[batch, heads, length, value_dim]``, in memory ``[batch, length, heads, …]``.
 
-    ``intervals`` ``[2, batch or 1, length]``, int64, says where the keys that a query sees start and end; None is all
-    keys. ``mask`` is added to the scaled scores; it broadcasts to ``[batch, heads, length, keys]``. ``slopes`` and
-    ``sinks`` are ``[heads]``. ``empty_rows`` is a name of ``EMPTY_ROWS``.
+    ``spans`` ``[2, batch or 1, heads or 1, length, count]``, int64, contiguous, says where the intervals of keys that
+    a query sees start and end (``ir/mask/spans``); None is all keys. ``mask`` is added to the scaled scores; it
+    broadcasts to ``[batch, heads, length, keys]``. ``slopes`` and ``sinks`` are ``[heads]``. ``empty_rows`` is a name
+    of ``EMPTY_ROWS``; with ``weights`` of ``WEIGHTS`` that are no softmax, ``normaliser`` and ``constant`` say what
+    divides a row, and there are no sinks.
     """
     batch, heads, length, head_dim = query.shape
     kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -57,13 +66,16 @@ def attend(
     held = (None if table is None else table.reshape(-1).contiguous() for table in (slopes, sinks))
     floats = library.regraft_attention_workspace(batch, kv_heads, keys, head_dim, value_dim)
     workspace = query.new_empty(floats)
-    starts, ends = (None, None) if intervals is None else intervals.unbind(0)
+    starts, ends = (None, None) if spans is None else spans.unbind(0)
+    sizes = (1, 1, 1, 0) if starts is None else tuple(starts.shape)
+    if sizes[3] > MOST_SPANS:
+        raise ValueError(f"{sizes[3]} spans a row were given, the kernel takes {MOST_SPANS} at most")
     values = (
         batch, heads, kv_heads, length, keys, head_dim, value_dim,
         query.stride()[:3], key.stride()[:3], value.stride()[:3], out.stride()[:3],
         (0, 0, 0, 0) if shown is None else shown.stride(),
-        0 if starts is None or starts.shape[0] == 1 else starts.stride(0),
-        scale, softcap, EMPTY_ROWS[empty_rows],
+        (0 if sizes[0] == 1 else sizes[1] * sizes[2] * sizes[3], 0 if sizes[1] == 1 else sizes[2] * sizes[3]), sizes[3],
+        scale, softcap, constant, EMPTY_ROWS[empty_rows], WEIGHTS[weights], NORMALISERS[normaliser],
     )  # fmt: skip
     tensors = (query, key, value, shown, *held, out, workspace, starts, ends)
     return NativeCall("regraft_attention", _Site, tensors, values, out, (out, workspace))
@@ -80,7 +92,7 @@ def check(library: ctypes.CDLL) -> str:
     """Empty where the library computes a causal site of grouped queries as PyTorch does, else what is wrong."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 70, 20, generator=generator) for heads in (4, 2, 2))
-    causal = torch.stack((torch.zeros(1, 70, dtype=torch.int64), torch.arange(1, 71)[None]))
+    causal = torch.stack((torch.zeros(1, 70, dtype=torch.int64), torch.arange(1, 71)[None]))[:, :, None, :, None]
     given = attend(library, query, key, value, None, None, None, 0.3, 0.0, causal, "nan").run(library)
     with torch.no_grad():
         wanted = torch.nn.functional.scaled_dot_product_attention(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regraft.codegen.cpu import attention as lowering
+from regraft.codegen.cpu import attention_blocks, attention_native
 from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.ir.ops.attention import attention
@@ -248,3 +249,63 @@ def test_sites_with_equal_masks_make_one(kernel: str) -> None:
     masks = ["padding_mask"] if kernel == "native" else ["mask_if", "any_padding"]
     assert [names.count(name) for name in masks] == [1] * len(masks)
     assert names.count(f"attend_{kernel}") == 2
+
+
+SINK_WINDOW = "band(None,0) & (prefix(1) | band(-1,None))"
+SPANS: dict[str, tuple[str, Callable[[int, int, int, int], bool]]] = {
+    "sink and window": (SINK_WINDOW, lambda b, h, q, k: k <= q and (k < 1 or k > q - 2)),
+    "half of the heads local": (
+        "band(None,0) & (heads(2,4) | band(-1,None))",
+        lambda b, h, q, k: k <= q and (h >= 2 or k > q - 2),
+    ),
+    "documents": ("same(0,0) & band(None,0)", lambda b, h, q, k: DOCUMENTS[b][q] == DOCUMENTS[b][k] and k <= q),
+    "rows": ("rows(0) | band(0,0)", lambda b, h, q, k: bool(DOCUMENTS[b][q]) or k == q),
+}
+DOCUMENTS = [[0, 0, 1, 1, 1], [3, 3, 3, 3, 0]]
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_masks_of_several_spans_are_no_tensor_of_all_scores(name: str, kernel: str) -> None:
+    text, allowed = SPANS[name]
+    given = operands(2)
+    masks = (torch.tensor(DOCUMENTS),) if "(0" in text.replace("band(0", "") else ()
+    expected = torch.stack(
+        [formula(*given, lambda b, q, k, h=h: allowed(b, h, q, k))[:, h] for h in range(HEADS)], dim=1
+    )
+    run = compiled((*given, *masks), scale=0.5, mask=text)
+    assert_close(run(*given, *masks), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sites_that_the_native_kernel_does_not_take_run_in_blocks(
+    dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_blocks, "_WORTH_BLOCKS", LENGTH * KEYS)
+    given = operands(2, dtype=dtype)
+
+    def site(*args: Tensor) -> Tensor:
+        out: Tensor = attention(*args, [], scale=0.5, mask=SINK_WINDOW)
+        return out
+
+    executable = lower(captured(site, given))
+    names = [getattr(node.target, "__name__", "") for node in executable.module.graph.nodes]
+    in_blocks = kernel == "sdpa" or dtype == torch.bfloat16
+    assert ("attend_blocks" in names) == in_blocks
+    allowed = SPANS["sink and window"][1]
+    expected = formula(*given, lambda b, q, k: allowed(b, 0, q, k))
+    assert_close(executable(*given)[0], expected, 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_documents_in_many_pieces_fall_to_a_tensor_and_say_so(
+    kernel: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention_native._say_dense.cache_clear()
+    monkeypatch.setattr(attention_native, "MOST_SPANS", 2)
+    monkeypatch.setitem(attention_native.spans.__globals__, "MOST_SPANS", 2)
+    given, pieces = operands(2), torch.tensor([[0, 1, 0, 1, 0], [0, 0, 1, 1, 0]])
+    run = compiled((*given, pieces), scale=0.5, mask="same(0,0) & keys(0)")
+    with caplog.at_level("WARNING", logger="regraft"):
+        out = run(*given, pieces)
+    numbers = pieces.tolist()
+    assert_close(out, formula(*given, lambda b, q, k: numbers[b][q] == numbers[b][k] != 0))
+    assert ("runs of keys" in caplog.text) == (kernel == "native")

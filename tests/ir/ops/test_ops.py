@@ -39,6 +39,11 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {"scale": 0.5, "mask": "keys(0)", "mask_fill": -1e4, "empty_rows": "zero", "softcap": 20.0},
     ),
+    "attention_mapped": (
+        ops.attention_mapped,
+        (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), numbers(2, 2, 5, 6), [], numbers(1, 1, 1, 5), numbers(4)),
+        {"scale": 0.5, "weight": "sigmoid", "mask": "band(None,2)", "normaliser": "sum_eps", "constant": 1e-8},
+    ),
     "rms_norm": (ops.rms_norm, (numbers(2, 3, 8), numbers(8), 1e-6), {}),
     "rms_norm without weight": (ops.rms_norm, (numbers(2, 8), None, 1e-6), {}),
     "rms_norm of gemma": (ops.rms_norm, (numbers(2, 8), numbers(8), 1e-6, 1.0, "after_weight"), {}),

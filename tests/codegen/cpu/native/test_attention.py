@@ -56,9 +56,9 @@ def run(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None, **o
 
 
 def visible(intervals: Tensor, keys: int) -> Tensor:
-    """Intervals as a dense mask ``[batch or 1, 1, length, keys]``."""
+    """Spans as a dense mask ``[batch or 1, heads or 1, length, keys]``."""
     places = torch.arange(keys)
-    return ((places >= intervals[0, ..., None]) & (places < intervals[1, ..., None]))[:, None]
+    return ((places >= intervals[0, ..., None]) & (places < intervals[1, ..., None])).any(-2)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -71,7 +71,9 @@ def visible(intervals: Tensor, keys: int) -> Tensor:
     head_dim=st.integers(1, 80),
     value_dim=st.integers(1, 80),
     reach=st.integers(-40, 160),
-    options=st.sets(st.sampled_from(["mask", "row mask", "slopes", "sinks", "softcap", "intervals", "per batch"])),
+    options=st.sets(
+        st.sampled_from(["mask", "row mask", "slopes", "sinks", "softcap", "intervals", "per batch", "per head", "two"])
+    ),
 )
 def test_any_size_and_any_combination(
     batch: int, kv_heads: int, groups: int, length: int, keys: int, head_dim: int, value_dim: int, reach: int,
@@ -95,10 +97,15 @@ def test_any_size_and_any_combination(
     intervals = None
     allowed = torch.ones(1, 1, length, keys, dtype=torch.bool)
     if "intervals" in options:
-        rows = torch.arange(length).expand(batch if "per batch" in options else 1, length)
-        shift = torch.arange(rows.shape[0])[:, None] * 7
-        start = (rows - reach + shift).clamp(0, keys)
-        intervals = torch.stack((start, torch.maximum(start, (rows + reach + 1 - shift).clamp(0, keys)))).contiguous()
+        rows = torch.arange(length).reshape(1, 1, -1)
+        rows = rows + 7 * torch.arange(batch if "per batch" in options else 1).reshape(-1, 1, 1)
+        rows = rows + 3 * torch.arange(heads if "per head" in options else 1).reshape(-1, 1)
+        start = (rows - reach).clamp(0, keys)
+        end = torch.maximum(start, (rows + reach + 1).clamp(0, keys))
+        intervals = torch.stack((start, end))[..., None].contiguous()
+        if "two" in options:  # a few keys at the start too, as far as they are not seen already
+            few = torch.stack((torch.zeros_like(start), torch.minimum(start, torch.tensor(5))))[..., None]
+            intervals = torch.cat((few, intervals), -1).contiguous()
         allowed = visible(intervals, keys)
     wanted = formula(query, key, value, allowed, **named)
     given_ = run(query, key, value, intervals, **named)
@@ -112,7 +119,7 @@ def test_many_blocks_of_keys(window: int) -> None:
     length = 1500
     query, key, value = draw(1, 2, length, 24) * 3, draw(1, 1, length, 24, seed=1) * 3, draw(1, 1, length, 40, seed=2)
     rows = torch.arange(length)[None]
-    intervals = torch.stack(((rows - window + 1).clamp(min=0), rows + 1))
+    intervals = torch.stack(((rows - window + 1).clamp(min=0), rows + 1))[:, :, None, :, None]
     wanted = formula(query, key, value, visible(intervals, length))
     assert relative_l2(run(query, key, value, intervals).double(), wanted) <= 2e-6
 

@@ -1,0 +1,143 @@
+"""``regraft::attention_mapped``: attention whose weights are a map of each score by itself, without a softmax.
+
+``nu(sum_j w_ij) * sum_j w_ij v_j``, ``w = visible * phi(softcap(scale * q k^T) + bias + slopes * (key - query))``. A
+key that the mask hides weighs nothing, whatever phi makes of low scores. Sigmoid attention (Ramapuram et al.,
+arXiv:2409.04431), attention without a sink (Gu et al., arXiv:2410.10781) and linear kernels are of this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from regraft.ir.mask import parse, to_dense
+from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.registry import Cost, register, traffic
+
+#: phi: a score's weight.
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": torch.exp,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "elu1": lambda scores: F.elu(scores) + 1,
+    "gelu": F.gelu,
+    "identity": lambda scores: scores,
+}
+#: What divides a row, from its sum of weights Z: Z, nothing, Z + constant, max(|Z|, 1), constant.
+NORMALISERS = ("sum", "none", "sum_eps", "sum_abs", "constant")
+_SCORES_AT_ONCE = 1 << 21
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    mask: str,
+    softcap: float,
+    weight: str,
+    normaliser: str,
+    constant: float,
+) -> Tensor:
+    """The definition; operands are shaped as those of ``regraft::attention``, computed in fp32 or wider. ``weight`` is
+    a name of ``WEIGHTS``, ``normaliser`` one of ``NORMALISERS``; ``ValueError`` for any other. A few rows at a time."""
+    if weight not in WEIGHTS or normaliser not in NORMALISERS:
+        known = f"weights {', '.join(WEIGHTS)}; normalisers {', '.join(NORMALISERS)}"
+        raise ValueError(f"weight {weight!r} with normaliser {normaliser!r} was given; known: {known}")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (tensor.repeat_interleave(groups, 1).to(wide) for tensor in (key, value))
+    batch, heads, length = query.shape[:3]
+    allowed = None
+    if mask != "all":
+        allowed = to_dense(parse(mask), mask_tensors, batch, heads, length, key.shape[2], query.device)
+    out = query.new_empty((batch, heads, length, value.shape[3]))
+    step = max(1, _SCORES_AT_ONCE // max(1, batch * heads * key.shape[2]))
+    for start in range(0, length, step):
+        rows = slice(start, start + step)
+        scores = query[:, :, rows].to(wide) @ keys.mT * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + (bias if bias.dim() < 2 or bias.shape[-2] == 1 else bias[..., rows, :])
+        if slopes is not None:
+            places = torch.arange(length, device=query.device)[rows, None]
+            distance = torch.arange(key.shape[2], device=query.device) - places
+            scores = scores + slopes.to(wide)[:, None, None] * distance
+        weights = WEIGHTS[weight](scores)
+        if allowed is not None:
+            weights = weights.masked_fill(~allowed[:, :, rows], 0.0)
+        out[:, :, rows] = (_normalised(weights @ values, weights, normaliser, constant)).to(query.dtype)
+    return out
+
+
+def _normalised(out: Tensor, weights: Tensor, normaliser: str, constant: float) -> Tensor:
+    if normaliser == "none":
+        return out
+    if normaliser == "constant":
+        return out / constant
+    total = weights.sum(-1, keepdim=True)
+    if normaliser == "sum_abs":
+        return out / total.abs().clamp(min=1.0)
+    return out / (total + constant if normaliser == "sum_eps" else total)
+
+
+@torch.library.custom_op(
+    "regraft::attention_mapped",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None, *, "
+    "float scale, str weight, str mask='all', float softcap=0.0, str normaliser='none', float constant=0.0) -> Tensor",
+)
+def _attention_mapped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    *,
+    scale: float,
+    weight: str,
+    mask: str = "all",
+    softcap: float = 0.0,
+    normaliser: str = "none",
+    constant: float = 0.0,
+) -> Tensor:
+    options = scale, mask, softcap, weight, normaliser, constant
+    return reference(query, key, value, mask_tensors, bias, slopes, *options)
+
+
+@_attention_mapped.register_fake
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    *,
+    scale: float,
+    weight: str,
+    mask: str = "all",
+    softcap: float = 0.0,
+    normaliser: str = "none",
+    constant: float = 0.0,
+) -> Tensor:
+    return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
+
+
+def cost(node: fx.Node) -> Cost:
+    """Two matrix products; what a mask lets skip depends on the kernel."""
+    given = arguments(node)
+    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
+    keys, value_dim = (concrete(size) for size in given["value"].meta["val"].shape[-2:])
+    return Cost(2.0 * batch * heads * length * keys * (head_dim + value_dim), traffic(node))
+
+
+attention_mapped = register("attention_mapped", _attention_mapped, reference, cost)
