@@ -115,7 +115,7 @@ class RecognizeAttention(Rule):
 
 def _read(match: Match) -> tuple[Heads, Scores, Masks]:
     scores = read_scores(match.product, match.steps("before"))
-    if not size_equal(shape(match.weights)[-1], shape(match.product)[-1] + (scores.sinks is not None)):
+    if not size_equal(shape(match.weights)[-1], shape(match.product)[-1] + int(scores.sinks is not None)):
         raise Refused("the softmax does not run over all keys", match.weights)
     _check_sinks(match, scores)
     heads = read_heads(match.query, match.key_transposed, match.value, scores, match.root)
