@@ -179,6 +179,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, help="where to write the record")
     options = parser.parse_args()
+    if not dist.is_torchelastic_launched():
+        parser.error("one process was started without torchrun; run torchrun --nproc-per-node 4 -m bench.shard")
     logging.getLogger("regraft").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
