@@ -57,7 +57,7 @@ class KeyLayout:
         """Why no kernel is emitted for a spec with keys that lie so; None where one is."""
         if not self.packs_heads:
             return None
-        if spec.empty_rows == "mean" and spec.online and not spec.sinks:
+        if spec.empty_rows == "mean" and spec.softmax and not spec.sinks:
             return "decoding does not read the keys that a row without keys would average"
         if self.kind == "paged":
             if spec.bias != "none":

@@ -72,6 +72,10 @@ class AttentionParts:
         return [name for name, present in held if present]
 
     @property
+    def _of_heads(self) -> list[str]:
+        return [name for name in self.optional if name != "bias"]
+
+    @property
     def tensors(self) -> list[str]:
         """The operator's tensors, in order."""
         return ["query", "key", "value", *self.layout.tensors, *(mask.name for mask in self.masks), *self.optional]
@@ -119,7 +123,8 @@ class AttentionParts:
         """Integers that change from call to call, quoted: no variant is built for those that 16 divides."""
         strides = [f"{mask.name}_stride_batch" for mask in self.masks if "pairs" not in mask.reads]
         words = [f"{mask.name}_words" for mask in self.masks if "bits" in mask.reads]
-        return [f'"{name}"' for name in (*names, *strides, *words)]
+        dims = () if self.layout.kind == "contiguous" else ("batch", *self.layout.page_dims[:-1])
+        return [f'"{name}"' for name in (*names, *(f"pages_stride_{dim}" for dim in dims), *strides, *words)]
 
     def _step_arguments(self) -> list[str]:
         """Parameters of the device function ``step``."""
@@ -194,7 +199,8 @@ class AttentionParts:
             "weight_reference": weight.reference,
             "argument_names": arguments,
             "parameters": [typed(name) for name in arguments],
-            "checked": ["query", "key", "value", *self.layout.tensors],
+            "checked": ["query", "key", "value", *self.layout.tensors, *self._of_heads],
+            "of_heads": self._of_heads,
             "returns": "tuple[Tensor, Tensor]" if spec.lse else "Tensor",
             **self._reference_names(),
         }
@@ -220,9 +226,9 @@ class AttentionParts:
             "uses_head": "head" in words,
             "uses_query_length": bool(words & {"rows", "query_length"} or kinds & {"rows", "bits"}),
             "uses_key_length": bool("key_length" in words or kinds & {"keys", "bits"}),
-            "uses_infinity": (bool(text) and spec.online and spec.mask_fill is None)
+            "uses_infinity": (bool(text) and spec.softmax and spec.mask_fill is None)
             or spec.lse
-            or (spec.online and (spec.empty_rows != "nan" or spec.sinks)),
+            or (spec.softmax and (spec.empty_rows != "nan" or spec.sinks)),
         }
 
     def _interval(self, term: Term) -> _Interval:

@@ -9,6 +9,7 @@ import torch
 
 from regraft.codegen.triton.attention_decode import emit_decode
 from regraft.codegen.triton.attention_layout import CONTIGUOUS, KeyLayout
+from regraft.codegen.triton.attention_merge import MergeSpec, emit_merge
 from regraft.codegen.triton.attention_prefill import emit_prefill
 from regraft.codegen.triton.attention_spec import NORMALISERS, WEIGHTS, AttentionSpec
 from regraft.codegen.triton.emit import Kernel, dtype_name
@@ -46,7 +47,7 @@ def attention_samples() -> dict[str, Callable[[], Kernel]]:
     )
     for name, mask in MASKS.items():
         found[f"prefill bfloat16 128 {name}"] = partial(emit_prefill, AttentionSpec(_BF16, 128, 128, mask))
-    return {**found, **_options(), **_decode()}
+    return {**found, **_options(), **_decode(), **_merge()}
 
 
 def _options() -> dict[str, Callable[[], Kernel]]:
@@ -87,4 +88,13 @@ def _decode() -> dict[str, Callable[[], Kernel]]:
     }
     for name, (spec, layout) in rest.items():
         found[f"decode bfloat16 128 {name}"] = partial(emit_decode, spec, layout)
+    return found
+
+
+def _merge() -> dict[str, Callable[[], Kernel]]:
+    specs = [MergeSpec(dtype, dim) for dtype in (_BF16, _FP32) for dim in (64, 128, 512)]
+    found: dict[str, Callable[[], Kernel]] = {
+        f"merge {dtype_name(spec.dtype)} {spec.value_dim}": partial(emit_merge, spec) for spec in specs
+    }
+    found["merge bfloat16 128 sinks"] = partial(emit_merge, MergeSpec(_BF16, 128, sinks=True))
     return found

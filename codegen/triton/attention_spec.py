@@ -42,10 +42,10 @@ class AttentionSpec:
     """One attention kernel.
 
     ``mask`` is the text of a predicate; ``mask_fill`` a number that stands at masked scores and may take weight (None:
-    they are removed); ``empty_rows`` one of ``EMPTY_ROWS``. ``bias``: "none", "dense" (broadcasts to ``[batch, heads,
-    length, keys]``) or "keys" (the same for all rows). ``online`` softmax is ``weight="exp"`` with
-    ``normaliser="sum"``; any other pair accumulates plainly. ``lse``: also return the log-sum-exp of the keys' scores,
-    natural logarithm, without the sink. ``precision`` is that of fp32 products.
+    they are removed); ``empty_rows``, one of ``EMPTY_ROWS``, is of a softmax: other weights leave a row without keys
+    to the normaliser. ``bias``: "none", "dense" (broadcasts to ``[batch, heads, length, keys]``) or "keys" (the same
+    for all rows). ``lse``: also return the log-sum-exp of the keys' scores, natural logarithm, without the sink, in
+    fp32. ``constant`` belongs to the normalisers "sum_eps" and "constant". ``precision`` is that of fp32 products.
     """
 
     dtype: torch.dtype
@@ -70,9 +70,15 @@ class AttentionSpec:
         return simplify(parsed(self.mask))
 
     @property
-    def online(self) -> bool:
-        """Whether the row's maximum is taken away from scores as it is found (online softmax)."""
+    def softmax(self) -> bool:
+        """Whether weights are exp(s) over their sum."""
         return self.weight == "exp" and self.normaliser == "sum"
+
+    @property
+    def online(self) -> bool:
+        """Whether the row's maximum is taken away from scores as it is found, and comes back at the end: exp(s) itself
+        leaves fp16 at a score of 11."""
+        return self.weight == "exp"
 
 
 def supports(spec: AttentionSpec) -> str | None:
@@ -97,7 +103,7 @@ def supports(spec: AttentionSpec) -> str | None:
     names = _symbols(spec.predicate) - set(_BOUND_NAMES)
     if names:
         return f"the mask {spec.mask} has bounds in {', '.join(sorted(names))}, which no kernel is given"
-    if not spec.online:
+    if not spec.softmax:
         return _supports_plain(spec)
     if spec.mask_fill is not None and math.isnan(spec.mask_fill):
         return "masked scores are NaN"
@@ -110,7 +116,11 @@ def _supports_plain(spec: AttentionSpec) -> str | None:
         return f"{pair} have no sink"
     if spec.lse:
         return f"{pair} have no log-sum-exp"
-    return f"{pair} have no value at masked scores: the mask is 0/1" if spec.mask_fill is not None else None
+    if spec.mask_fill is not None:
+        return f"{pair} have no value at masked scores: the mask is 0/1"
+    if spec.normaliser in ("sum_eps", "constant") and not 0 < abs(spec.constant) < math.inf:
+        return f"the constant of the normaliser {spec.normaliser} is {spec.constant}, and kernels divide by it"
+    return None
 
 
 def _symbols(predicate: Predicate) -> set[str]:
@@ -174,11 +184,12 @@ def _fill_and_empty(given: dict[str, Any]) -> tuple[str, float | None, str]:
     """Mask, fill and empty rows of a kernel.
 
     A number that leaves masked keys no weight beside any other removes them; what it leaves of a row without keys is
-    the mean of all values. Beside a bias, which may be as low, it keeps its place.
+    the mean of all values. Beside a bias, which may be as low, it keeps its place. A bias may hide what the predicate
+    shows, so that it proves nothing about rows.
     """
     predicate, fill = parsed(given["mask"]), given["mask_fill"]
     lengths = proof_lengths(shape(given["query"])[2], shape(given["key"])[2])
-    never = None not in lengths and every_row_nonempty(predicate, *lengths)
+    never = given["bias"] is None and None not in lengths and every_row_nonempty(predicate, *lengths)
     if fill is None or fill == -math.inf:
         return str(simplify(predicate)), None, "zero" if never else given["empty_rows"]
     if gets_no_weight(fill) and given["bias"] is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,8 @@ def digest(text: str, length: int = 16) -> str:
 def render(template: str, **names: Any) -> str:
     """A template's text, without blanks at line ends and with one line end at its own."""
     text = _environment().get_template(template).render(**names)
-    return "\n".join(line.rstrip() for line in text.splitlines()).strip() + "\n"
+    stripped = "\n".join(line.rstrip() for line in text.splitlines()).strip() + "\n"
+    return re.sub(r"\n{3,}(?= )", "\n\n", stripped)  # inside a function one line is enough
 
 
 def header(title: str, facts: Mapping[str, str], origins: tuple[Origin, ...]) -> str:
@@ -139,7 +141,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"fit": fit, "fit_text": fit_text, "jitted": jitted}
+    environment.globals |= {"fit": fit, "fit_test": fit_test, "fit_docstring": fit_docstring, "jitted": jitted}
     return environment
 
 
@@ -154,14 +156,49 @@ def jitted(unspecialized: Sequence[str]) -> str:
     return f"@triton.jit(\n    do_not_specialize=[\n{names}    ]\n)"
 
 
-def fit_text(opening: str, text: str, indent: int = 4) -> str:
-    """A statement with an expression behind it, without parentheses around the whole unless it is long."""
+def fit_test(opening: str, name: str, text: str, indent: int = 4) -> str:
+    """A statement with a boolean expression behind it ("return", "seen ="); a long one is put together under ``name``,
+    an operand a line."""
     blanks = " " * indent
     if len(f"{blanks}{opening} {text}") <= _LINE:
         return f"{blanks}{opening} {text}"
-    parts = text.replace(" & ", "\n& ").replace(" | ", "\n| ") if text.count("(") == 0 else text
-    lines = [f"{blanks}    {line}" for line in parts.splitlines()]
-    return "\n".join([f"{blanks}{opening} (", *lines, f"{blanks})"])
+    mark, operands = _operands(text)
+    lines = [f"{name} = {_bare(operands[0])}", *(f"{name} = {name} {mark} {operand}" for operand in operands[1:])]
+    if opening == "return":
+        lines.append(f"return {name}")
+    return "\n".join(f"{blanks}{line}" for line in lines)
+
+
+def _operands(text: str) -> tuple[str, list[str]]:
+    """What an expression joins outside of parentheses, all by "&" or all by "|"."""
+    depth, start, found, marks = 0, 0, [], []
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0 and letter in "&|":
+            found.append(text[start:place].strip())
+            marks.append(letter)
+            start = place + 1
+    assert len(set(marks)) <= 1, f"operands of both kinds without parentheses: {text}"
+    return (marks or ["&"])[0], [*found, text[start:].strip()]
+
+
+def _bare(text: str) -> str:
+    """An expression without parentheses around the whole of it."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[1:-1] if letter == ")" and place == len(text) - 1 and text.startswith("(") else text
+    return text
+
+
+def fit_docstring(text: str, indent: int = 4) -> str:
+    """A docstring: one line where it fits, else several."""
+    blanks = " " * indent
+    if len(text) + indent + 6 <= _LINE:
+        return f'{blanks}"""{text}"""'
+    lines = textwrap.wrap(f'"""{text}', _LINE, initial_indent=blanks, subsequent_indent=blanks)
+    return "\n".join([*lines, f'{blanks}"""'])
 
 
 def fit(opening: str, items: Sequence[str], closing: str, indent: int = 0) -> str:

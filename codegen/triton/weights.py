@@ -15,7 +15,7 @@ class WeightMap:
 
 
 WEIGHT_MAPS = {
-    "exp": WeightMap("exp(s), not normalised", ("return tl.math.exp2(scores * LOG2E)",), "scores.exp()"),
+    "exp": WeightMap("exp(s)", (), "scores.exp()"),
     "sigmoid": WeightMap("1 / (1 + exp(-s))", ("return tl.sigmoid(scores)",), "scores.sigmoid()"),
     "relu": WeightMap("max(s, 0)", ("return tl.maximum(scores, 0.0)",), "scores.relu()"),
     "elu1": WeightMap(

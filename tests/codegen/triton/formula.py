@@ -60,7 +60,7 @@ def formula(
         scores = scores + given["slopes"].double()[:, None, None] * (
             torch.arange(keys) - torch.arange(queries)[:, None]
         )
-    if not spec.online:
+    if not spec.softmax:
         weights = _weights(spec.weight, scores) * seen
         return _normalised(spec, weights) @ value, torch.full(scores.shape[:3], math.nan)
     scores = scores.masked_fill(~seen, -math.inf if spec.mask_fill is None else spec.mask_fill)

@@ -13,6 +13,7 @@ from torch import Tensor
 from regraft.codegen.triton.attention_decode import emit_decode
 from regraft.codegen.triton.attention_layout import KeyLayout
 from regraft.codegen.triton.attention_spec import AttentionSpec
+from regraft.codegen.triton.load import load_kernel
 from regraft.ir.mask import parse, to_dense
 from tests.codegen.triton.formula import agree, formula, operands
 from tests.codegen.triton.interpreted import Run
@@ -144,3 +145,37 @@ def test_listed_keys(run: Run, page_size: int) -> None:
     seen = to_dense(parse(LAST), [], 2, 6, 2, 50) & listed
     result = run(emit_decode(spec, KeyLayout("indexed", page_size)), {**given, "pages": pages}, config=TILES, splits=2)
     agree(result, formula(spec, given, [], seen)[0], FP32)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "indexed"])
+def test_the_operator(kind: str) -> None:
+    """Fake, schema and CPU kernel agree, and the CPU kernel with the formula, however keys lie."""
+    spec = AttentionSpec(FP32, 16, 24, LAST, empty_rows="zero", sinks=True, lse=True)
+    kernel = emit_decode(spec, KeyLayout(kind, 0 if kind == "contiguous" else 4))
+    given = operands(spec, 2, 2, 3, 2, 12)
+    seen = to_dense(parse(LAST), [], 2, 6, 2, 12)
+    named: dict[str, Any] = dict(given)
+    if kind == "paged":
+        pages = torch.tensor([[4, 1, 3], [0, 5, 2]], dtype=torch.int32)
+        named |= {"pages": pages, "lengths": torch.tensor([12, 5], dtype=torch.int32)}
+        named |= {name: in_pages(given[name], pages, 4).nan_to_num() for name in ("key", "value")}
+        seen[1] = False
+        seen[1, ..., :5] = to_dense(parse(LAST), [], 1, 6, 2, 5)[0]
+    elif kind == "indexed":
+        named["pages"] = torch.tensor([[[0, 2], [-1, 1]], [[2, -1], [1, 0]]], dtype=torch.int32)
+        listed = torch.tensor([[[1, 0, 1], [0, 1, 0]], [[0, 0, 1], [1, 1, 0]]], dtype=torch.bool)
+        seen &= listed.repeat_interleave(4, 2).repeat_interleave(3, 1)[:, :, None]
+    arguments = tuple(named[name] for name in kernel.operands)
+    operator = load_kernel(kernel).operator
+    out, lse = operator(*arguments)
+    wanted, wanted_lse = formula(spec, given, [], seen)
+    agree(out, wanted, FP32)
+    agree(lse, wanted_lse, FP32)
+    torch.library.opcheck(operator, arguments)
+
+
+def test_one_logit_a_head() -> None:
+    spec = AttentionSpec(FP32, 16, 16, sinks=True)
+    given = operands(spec, 1, 1, 2, 1, 4) | {"sinks": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"sinks \(3,\): expected one for each of 2 heads"):
+        load_kernel(emit_decode(spec)).launch(*(given[name] for name in ("query", "key", "value", "sinks", "scale")))

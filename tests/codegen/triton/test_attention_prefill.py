@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def test_masks_of_indices(run: Run, mask: str, dtype: torch.dtype) -> None:
                                   "lengths(2)", "~lengths(2) & band(-30,None)", "same(1,0)", "same(1,0) & band(None,0)",
                                   "dense(3) | band(0,0)", "bits(4) | prefix(key_len - query_len)"])  # fmt: skip
 def test_masks_of_tensors(run: Run, mask: str) -> None:
-    """Padding of keys and of queries, lengths, packed documents, any tensor, trees; each batch has its own."""
+    """Padding of keys and of queries, lengths, packed documents, any tensor, trees; of each batch, or of all."""
     make = torch.Generator().manual_seed(0)
     masks = [
         torch.randint(0, 3, (2, 41), generator=make),
@@ -72,7 +73,9 @@ def test_masks_of_tensors(run: Run, mask: str) -> None:
         torch.randint(-(2**62), 2**62, (2, 37, 1), generator=make),
     ]
     spec = AttentionSpec(FP32, 16, 16, mask, empty_rows="zero")
-    compare(run, spec, operands(spec, 2, 1, 2, 37, 41), masks)
+    given = operands(spec, 2, 1, 2, 37, 41)
+    compare(run, spec, given, masks)
+    compare(run, spec, given, [tensor[:1] for tensor in masks])
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -102,13 +105,28 @@ def test_wide_heads(run: Run, dim: int) -> None:
     compare(run, spec, operands(spec, 1, 1, 1, 17, 17))
 
 
-PAIRS = [(weight, "none") for weight in WEIGHTS] + [("sigmoid", how) for how in NORMALISERS]
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_weights_and_normalisers(run: Run, weight: str, normaliser: str, dtype: torch.dtype) -> None:
+    """The mask is 0/1; where weights cancel, the sum is no normaliser."""
+    spec = AttentionSpec(dtype, 16, 16, "band(-9,0)", weight=weight, normaliser=normaliser, constant=0.5)
+    if weight in ("relu", "gelu", "identity") and normaliser.startswith("sum") and normaliser != "sum_abs":
+        spec = replace(spec, softcap=True, bias="dense")  # scores above 2: their sums are far from 0
+    given = operands(spec, 1, 1, 2, 20, 20)
+    if spec.bias != "none":
+        given["bias"] = given["bias"].abs() + 2.5
+    compare(run, spec, given)
 
 
-@pytest.mark.parametrize(("weight", "normaliser"), PAIRS)
-def test_weights_and_normalisers(run: Run, weight: str, normaliser: str) -> None:
-    spec = AttentionSpec(FP32, 16, 16, "band(-9,0)", weight=weight, normaliser=normaliser, constant=0.5)
-    compare(run, spec, operands(spec, 1, 1, 2, 20, 20))
+@pytest.mark.parametrize(("normaliser", "constant"), [("constant", 1e6), ("sum_eps", 1e-8), ("sum_abs", 1.0)])
+def test_exponentials_beyond_half_precision(run: Run, normaliser: str, constant: float) -> None:
+    """exp(14) is no number of fp16, though what is made of it is; a row without keys is zero."""
+    mask = "band(-9,-1)"
+    spec = AttentionSpec(FP16, 16, 16, mask, weight="exp", normaliser=normaliser, constant=constant, softcap=True)
+    given = operands(spec, 1, 1, 2, 20, 20) | {"softcap": 14.0, "scale": 6.0}
+    assert float(formula(replace(spec, normaliser="none"), given, [])[0].abs().max()) > 65504
+    compare(run, spec, given)
 
 
 @pytest.mark.parametrize("empty", ["nan", "zero", "mean"])

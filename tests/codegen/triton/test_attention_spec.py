@@ -36,9 +36,14 @@ def spec_of(*masks: torch.Tensor, dtype: torch.dtype = FP16, head_dim: int = 16,
 def test_a_site_says_all_that_a_kernel_depends_on() -> None:
     spec = spec_of(mask="band(None,0)", softcap=30.0, slopes=torch.ones(4), sinks=torch.ones(4), bias=torch.ones(8))
     assert spec == AttentionSpec(
-        FP16, 16, 16, "band(None,0)", empty_rows="zero", bias="keys", slopes=True, sinks=True, softcap=True
+        FP16, 16, 16, "band(None,0)", empty_rows="nan", bias="keys", slopes=True, sinks=True, softcap=True
     )
     assert spec_of(bias=torch.ones(2, 1, 8, 8)).bias == "dense"
+
+
+def test_a_bias_may_empty_rows_that_the_mask_does_not() -> None:
+    assert spec_of(mask="band(None,0)").empty_rows == "zero"  # no row is empty: the cheapest will do
+    assert spec_of(mask="band(None,0)", bias=torch.zeros(8, 8)).empty_rows == "nan"
 
 
 def test_a_number_that_leaves_no_weight_removes_keys_and_gives_empty_rows_the_mean() -> None:
@@ -72,6 +77,7 @@ def test_a_site_without_a_kernel_says_why(options: dict[str, Any], reason: str) 
         (AttentionSpec(FP32, 16, 16, weight="relu", normaliser="none", sinks=True), "have no sink"),
         (AttentionSpec(FP32, 16, 16, weight="relu", normaliser="none", lse=True), "have no log-sum-exp"),
         (AttentionSpec(FP32, 16, 16, "band(None,0)", mask_fill=0.0, weight="relu", normaliser="none"), "is 0/1"),
+        (AttentionSpec(FP32, 16, 16, weight="relu", normaliser="constant", constant=0.0), "divide by it"),
     ],
 )
 def test_a_spec_without_a_kernel_says_why(spec: AttentionSpec, reason: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from regraft.codegen.triton.attention_configs import ARCHS
@@ -21,6 +25,18 @@ def test_a_family_can_be_built(family: str) -> None:
             assert list(getattr(module, entry.name).arg_names[: len(names)]) == names
             assert set(ARCHS) <= set(entry.configs)
             assert {len(config) for config in entry.configs.values()} == {len(entry.sizes) + 2}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_are_as_ruff_formats_them(family: str, tmp_path: Path) -> None:
+    for place, sample in enumerate(samples(family)):
+        (tmp_path / f"kernel_{place}.py").write_text(sample.emit().source, encoding="utf-8")
+    rules = ["--config", str(Path(__file__).parents[3] / "pyproject.toml")]
+    for command in (["format", "--check"], ["check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *rules, str(tmp_path)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
 
 
 def test_a_family_that_is_not_there_is_refused() -> None:

@@ -94,8 +94,8 @@ def step(
     return acc, total, higher
 
 
-@triton.jit(do_not_specialize=["query_length", "kv_heads", "group", "splits", "row_count"])
-def attention_decode_4f05e524(
+@triton.jit(do_not_specialize=["query_length", "kv_heads", "group", "splits", "row_count", "pages_stride_batch"])
+def attention_decode_ef3cbdcb(
     query,
     key,
     value,
@@ -194,7 +194,7 @@ def attention_decode_4f05e524(
 
 
 @triton.jit(do_not_specialize=["row_count", "query_length", "heads", "splits"])
-def attention_decode_4f05e524_combine(
+def attention_decode_ef3cbdcb_combine(
     part_acc,
     part_total,
     part_top,
@@ -279,7 +279,7 @@ def in_memory_order(out: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, pages: Tensor, lengths: Tensor) -> None:
+def check(query: Tensor, key: Tensor, value: Tensor, pages: Tensor, lengths: Tensor, sinks: Tensor) -> None:
     """Raises ``ValueError`` for operands that this kernel was not emitted for."""
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
@@ -293,6 +293,8 @@ def check(query: Tensor, key: Tensor, value: Tensor, pages: Tensor, lengths: Ten
     if key.shape[2] != PAGE_SIZE.value or pages.dim() != 2 or {pages.shape[0], lengths.numel()} != {query.shape[0]}:
         places = f"pages {tuple(pages.shape)}, lengths {tuple(lengths.shape)}"
         raise ValueError(f"{shapes}, {places}: expected {PAGE_SIZE.value} keys a page and a line of pages a batch")
+    if sinks.numel() != query.shape[1]:
+        raise ValueError(f"sinks {tuple(sinks.shape)}: expected one for each of {query.shape[1]} heads")
 
 
 def tiles(device: torch.device) -> tuple[int, ...]:
@@ -333,7 +335,7 @@ def launch(
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run both kernels, by default with the device's tiles; memory of the output is [batch, length, heads, dim]."""
-    check(query, key, value, pages, lengths)
+    check(query, key, value, pages, lengths, sinks)
     batch, heads, query_length, _ = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
     key_length = pages.shape[1] * PAGE_SIZE.value  # at most
@@ -354,7 +356,7 @@ def launch(
     part_total = query.new_empty((splits, row_count), dtype=torch.float32)
     part_top = query.new_empty((splits, row_count), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        attention_decode_4f05e524[(programs, splits)](
+        attention_decode_ef3cbdcb[(programs, splits)](
             query,
             key,
             value,
@@ -390,7 +392,7 @@ def launch(
             num_stages=stages,
             enable_fp_fusion=True,
         )
-        attention_decode_4f05e524_combine[(triton.cdiv(row_count, 16),)](
+        attention_decode_ef3cbdcb_combine[(triton.cdiv(row_count, 16),)](
             part_acc,
             part_total,
             part_top,
@@ -410,7 +412,7 @@ def launch(
     return out, lse
 
 
-@torch.library.custom_op("regraft_kernels::attention_decode_4f05e524", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_decode_ef3cbdcb", mutates_args=(), device_types="cpu")
 def operator(
     query: Tensor,
     key: Tensor,
@@ -421,7 +423,7 @@ def operator(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The operator: its definition on the CPU, the kernel on a GPU."""
-    check(query, key, value, pages, lengths)
+    check(query, key, value, pages, lengths, sinks)
     return reference(query, key, value, pages, lengths, sinks, scale)
 
 
