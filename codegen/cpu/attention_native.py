@@ -198,6 +198,8 @@ def _mask_node(
     context: Context, given: dict[str, Any], parts: Parts, query: fx.Node, key: fx.Node, tensors: list[fx.Node]
 ) -> fx.Node | None:
     hidden = conjunction([part for part in (parts.rest, parts.runs, parts.keys) if not isinstance(part, Everything)])
+    if given["bias"] is not None and isinstance(hidden, Everything):
+        return context.value(given["bias"])  # the kernel spreads it
     if given["bias"] is not None or not isinstance(parts.rest, Everything):
         bias = None if given["bias"] is None else context.value(given["bias"])
         fill = -math.inf if given.get("mask_fill") is None or bias is None else given["mask_fill"]

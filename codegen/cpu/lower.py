@@ -32,6 +32,7 @@ from regraft.codegen.cpu.rowwise import (
     lower_rope,
     lower_row_norm,
 )
+from regraft.codegen.cpu.tokens import lower_log, lower_merge, lower_plan, lower_unmerge
 from regraft.codegen.cpu.tuning import Tuner
 from regraft.ir import ops
 from regraft.ir.nodes import arguments, dtype
@@ -48,6 +49,10 @@ LOWERINGS: dict[Any, Lowering] = {
     ops.add_norm: lower_add_norm,
     ops.rope: lower_rope,
     ops.glu: lower_glu,
+    ops.plan_merge: lower_plan,
+    ops.merge_tokens: lower_merge,
+    ops.unmerge_tokens: lower_unmerge,
+    aten.log.default: lower_log,
     ops.moe: lambda context, node: _lower_moe(context, node),
     **dict.fromkeys((*UNARY, *BINARY), lower_elementwise),
 }

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-from regraft.codegen.cpu.native import attention, experts, linear, rowwise
+from regraft.codegen.cpu.native import attention, experts, linear, rowwise, tokens
 from regraft.codegen.cpu.native.call import NativeCall
 from regraft.codegen.cpu.native.kernels import NATIVE
 
@@ -34,3 +34,7 @@ add_norm_native = _operator("add_norm_native", rowwise.add_norm)
 rope_native = _operator("rope_native", rowwise.rope)
 silu_glu_native = _operator("silu_glu_native", rowwise.silu_glu)
 experts_native = _operator("experts_native", experts.run)
+plan_native = _operator("plan_native", tokens.plan)
+merge_native = _operator("merge_native", tokens.merge)
+log_native = _operator("log_native", tokens.log)
+unmerge_native = _operator("unmerge_native", tokens.unmerge)
