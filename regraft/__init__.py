@@ -21,18 +21,24 @@ if TYPE_CHECKING:
         TargetError,
     )
     from regraft.ir.copies import count_copies
+    from regraft.passes.budget.budget import Budget
+    from regraft.passes.budget.errors import BudgetError
     from regraft.passes.experts.sharding import Sharding
 
 __version__ = "0.1.0"
 _HOME = {
     "compile": "api",
     "load": "api",
+    "Budget": "passes.budget.budget",
+    "BudgetError": "passes.budget.errors",
     "CompiledModule": "compiled",
     "Sharding": "passes.experts.sharding",
     "count_copies": "ir.copies",
 }
 __all__ = [
     "ArtifactError",
+    "Budget",
+    "BudgetError",
     "CaptureError",
     "CompiledModule",
     "InputError",

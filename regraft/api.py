@@ -23,6 +23,7 @@ from regraft.ir.records import Log
 from regraft.ir.transport import group_of
 
 if TYPE_CHECKING:
+    from regraft.budget import Budget, Spending
     from regraft.experts import Placement
 
 TARGETS = (
@@ -45,7 +46,7 @@ def compile(
     *,
     target: str | None = None,
     dynamic: Any = None,
-    budget: Any = None,
+    budget: Budget | None = None,
     calibration: Any = None,
     verify: str = "each",
     experts: Any = None,
@@ -66,11 +67,16 @@ def compile(
     many ranks, each calls this with its own inputs and gets a model that holds its own experts only; every rank must
     make every call. Without a group the experts are permuted. See docs/placement-shard.md.
 
+    ``budget``: a ``Budget``, which opens the lossy rewrites; ``calibration``: an iterable of batches to spend it by,
+    each as ``example_inputs`` and of the shapes that are compiled for. Half of them are held out, and what is chosen
+    keeps the limit on these. Where nothing does, or the calibration does not serve, the result is the exact model,
+    and ``report.budget`` says why. See docs/budget.md.
+
     Raises ``CaptureError`` (inputs that do not fit, a model that export refuses, training mode), ``TargetError``,
     ``OptionError``, ``PermutationError`` or ``ShardingError`` (a plan that is not for this model) and ``PeerError``
     (another rank could not compile).
     """
-    _check_options(budget=budget, calibration=calibration)
+    spending = _spending(budget, calibration, experts, toolchain)
     if experts is not None and toolchain is not None:
         raise OptionError("experts and toolchain were given, and a toolchain brings its own passes; give one of them")
     if verify not in VERIFY:
@@ -93,7 +99,7 @@ def compile(
     NATIVE.start()  # built beside the capture, where it was not built before
     placement = None if experts is None else _placement(experts)
     chosen = toolchain or (Toolchain() if placement is None else Toolchain(pipeline=placement.pipeline))
-    options = Options(_target(model, target), dynamic, verify, toolchain=chosen, experts=placement)
+    options = Options(_target(model, target), dynamic, verify, toolchain=chosen, experts=placement, spending=spending)
     compiled = CompiledModule(model, options, _report(type(model).__name__, options.target))
     if inputs is None and isinstance(model, ExportedProgram) and model.example_inputs is not None:
         inputs = model.example_inputs[0], dict(model.example_inputs[1])
@@ -148,14 +154,30 @@ def call_inputs(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[
     )
 
 
-def _check_options(**options: Any) -> None:
-    reasons = {
-        "budget": "lossy rewrites are not part of this version",
-        "calibration": "lossy rewrites are not part of this version",
-    }
-    for name, value in options.items():
-        if value is not None:
-            raise OptionError(f"{name} was given, but {reasons[name]}; leave it out to get the exact rewrites")
+def _spending(budget: Any, calibration: Any, experts: Any, toolchain: Any) -> Spending | None:
+    """What ``compile`` was told about accuracy. Raises ``OptionError`` for options that do not go together."""
+    if budget is None:
+        if calibration is not None:
+            raise OptionError("calibration was given without a budget; give one, or leave the calibration out")
+        return None
+    from regraft.budget import Budget, BudgetError, Spending  # solvers take a moment to load
+    from regraft.calibration import read_batches
+
+    if not isinstance(budget, Budget):
+        raise OptionError(
+            f'a {type(budget).__name__} was given as the budget; give a regraft.Budget, as Budget("kl", 0.01)'
+        )
+    if experts is not None or toolchain is not None:
+        other = "experts" if experts is not None else "toolchain"
+        raise OptionError(f"budget and {other} were given, which bring passes of their own each; give one of them")
+    if calibration is None:
+        if budget.limit > 0:
+            raise OptionError("a budget was given without calibration data to spend it by; give calibration=batches")
+        return Spending(budget, ())
+    try:
+        return Spending(budget, tuple(read_batches(calibration)))
+    except BudgetError as error:
+        raise OptionError(str(error)) from error
 
 
 def _placement(experts: Any) -> Placement:

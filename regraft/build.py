@@ -200,11 +200,12 @@ def build(
     target: str,
     verify: str,
     toolchain: Toolchain,
-    reference: Callable[[], Any],
+    reference: Callable[[], Any] | None,
     together: Together | None = None,
 ) -> Build:
-    """Rewrite and lower ``program``; ``reference()`` is the original's output on the example inputs. Where checks
-    stood for others and the whole is off, all is done once more with every check computed.
+    """Rewrite and lower ``program``; ``reference()`` is the original's output on the example inputs, None for a lossy
+    program, which is not compared as a whole. Where checks stood for others and the whole is off, all is done once more
+    with every check computed.
 
     One rank's program is compared with the original only where its ranks compile it ``together``: each on its own
     example, and the drift is that of the worst. Raises whatever a pass or the lowering raises, and ``PeerError``.
@@ -224,18 +225,19 @@ def _build(
     target: str,
     session: Session,
     toolchain: Toolchain,
-    reference: Callable[[], Any],
+    reference: Callable[[], Any] | None,
     together: Together | None,
 ) -> Build:
     with no_cycle_search():
         phases = dict(toolchain.pipeline(target).run(program, session))
         separate_outputs(program, before)
         expected, seconds = None, 0.0
-        compared = session.verify != "off" and (together is not None or not sharded_sites(program.graph))
+        asked = session.verify != "off" and reference is not None
+        compared = asked and (together is not None or not sharded_sites(program.graph))
         if compared:  # before weights are packed: a run of the model needs room of its own
             started = time.perf_counter()
             give_back()  # what the checks left
-            expected = reference()
+            expected = reference() if reference is not None else None
             give_back()
             seconds = time.perf_counter() - started
         started = time.perf_counter()

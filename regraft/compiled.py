@@ -28,6 +28,7 @@ from regraft.stand_in import StandIn
 from regraft.watch import WeightWatch
 
 if TYPE_CHECKING:
+    from regraft.budget import Spending
     from regraft.experts import Placement, Together
     from regraft.report.model import Report
 
@@ -49,6 +50,7 @@ class Options:
     maximum_entries: int = 8
     toolchain: Toolchain = field(default_factory=Toolchain)
     experts: Placement | None = None
+    spending: Spending | None = None
 
     @property
     def sharded(self) -> bool:
@@ -282,6 +284,8 @@ class CompiledModule(StandIn):
         except Exception as error:  # a fault of ours must not take the model away
             _LOG.debug("compilation failed", exc_info=True)
             return self._refuse(key, f"compilation failed ({first_line(error)}); please report it")
+        if made.accepted and self._options.spending is not None:
+            made = self._spend(self._options.spending, made, model)
         self._take_report(made, seconds)
         for reason in self._options.experts.refused(made.log) if self._options.experts is not None else ():
             self._event("placement", reason)
@@ -292,6 +296,18 @@ class CompiledModule(StandIn):
         self._captured |= captured
         self._watch_weights()
         return made.entry
+
+    def _spend(self, spending: Spending, exact: Build, model: nn.Module) -> Build:
+        """The model within the accuracy budget; the exact one, and why, where there is none."""
+        from regraft.budget import spend
+
+        started = time.perf_counter()
+        made, self._report.budget = spend(spending, exact, model, self._options.target, self._options.verify)
+        seconds = time.perf_counter() - started
+        if self._report.budget.refused:
+            self._event("budget", f"{self._report.budget.refused}; the model is the exact one")
+        made.phases = {**made.phases, "accuracy budget": seconds - sum(made.phases.values()) * (made is not exact)}
+        return made
 
     def _refuse(self, key: Hashable, reason: str, tell: bool = True) -> str:
         if self._options.sharded:

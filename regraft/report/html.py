@@ -11,10 +11,11 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from regraft.report import units
+from regraft.report.curve import curve_svg
 from regraft.report.groups import fired_rows, refusal_groups
 from regraft.report.model import OperatorRow, Report
 from regraft.report.roofline import roofline_svg
-from regraft.report.text import verdict
+from regraft.report.text import budget_rows, budget_verdict, verdict
 
 _BARS = 14
 _PATH_PARTS = 2
@@ -74,6 +75,9 @@ def render(report: Report) -> str:
         operator_rows=_operator_lines(report),
         roofline=roofline_svg(report),
         phase_total=sum(report.phases.values()),
+        budget_verdict="" if report.budget is None else budget_verdict(report.budget),
+        budget_rows=[] if report.budget is None else list(budget_rows(report.budget)),
+        budget_curve=None if report.budget is None else curve_svg(report.budget),
     )
 
 
@@ -161,6 +165,7 @@ def _environment() -> Environment:
         "ratio": lambda pair: units.ratio(*pair),
         "short_line": short_line,
         "breakable": breakable,
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
     return environment
 

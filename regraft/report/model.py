@@ -12,8 +12,11 @@ from typing import Any
 from regraft.files import write_text
 from regraft.ir.errors import RegraftError
 from regraft.ir.records import Application, Log, Refusal, RuleStatistics
+from regraft.report.budget import BudgetReport
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+#: Versions that can be read: 1 lacks the accuracy budget.
+READ_VERSIONS = (1, 2)
 
 
 class ReportError(RegraftError, ValueError):
@@ -22,8 +25,8 @@ class ReportError(RegraftError, ValueError):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened at run time: ``kind`` is "recapture", "fallback", "relowering", or "placement" for
-    experts that a plan could not move."""
+    """Something that happened at run time: ``kind`` is "recapture", "fallback", "relowering", "placement" for experts
+    that a plan could not move, or "budget" for an accuracy budget that could not be spent."""
 
     kind: str
     reason: str
@@ -82,7 +85,7 @@ class Report:
 
     ``phases`` are seconds by name, in order: "capture", each pass, "lowering", "verification".
     ``end_to_end_drift`` is the relative L2 error of the compiled model against the original on the example
-    inputs, ``tolerance`` its bound.
+    inputs, ``tolerance`` its bound; None where an accuracy budget was spent, whose loss is in ``budget``.
     """
 
     model: str = ""
@@ -95,6 +98,7 @@ class Report:
     tolerance: float | None = None
     events: list[Event] = field(default_factory=list)
     environment: Environment = field(default_factory=Environment)
+    budget: BudgetReport | None = None
 
     @property
     def recognized(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from regraft.report import units
 from regraft.report.model import OperatorRow, Report
+from regraft.report.svg import line, text
 
 _WIDTH, _HEIGHT = 760, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 20, 34, 52
@@ -92,12 +93,12 @@ def _scales(plotted: list[Point], peak: float, bandwidth: float) -> tuple[_Scale
 
 def _grid(x: _Scale, y: _Scale) -> Iterator[Markup]:
     for tick in x.ticks():
-        yield _line("grid", x(tick), _TOP, x(tick), _HEIGHT - _BOTTOM)
-        yield _text("tick", x(tick), _HEIGHT - _BOTTOM + 18, "middle", f"{tick:g}")
+        yield line("grid", x(tick), _TOP, x(tick), _HEIGHT - _BOTTOM)
+        yield text("tick", x(tick), _HEIGHT - _BOTTOM + 18, "middle", f"{tick:g}")
     for tick in y.ticks():
-        yield _line("grid", _LEFT, y(tick), _WIDTH - _RIGHT, y(tick))
-        yield _text("tick", _LEFT - 8, y(tick) + 4, "end", units.count(tick).replace(".00", "").replace(".0", ""))
-    yield _text("axis", (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, "middle", "operations per byte")
+        yield line("grid", _LEFT, y(tick), _WIDTH - _RIGHT, y(tick))
+        yield text("tick", _LEFT - 8, y(tick) + 4, "end", units.count(tick).replace(".00", "").replace(".0", ""))
+    yield text("axis", (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, "middle", "operations per byte")
     turned = Markup('<text class="axis" text-anchor="middle" transform="translate(16 {:.1f}) rotate(-90)">{}</text>')
     yield turned.format((_TOP + _HEIGHT - _BOTTOM) / 2, "operations per second")
 
@@ -105,9 +106,9 @@ def _grid(x: _Scale, y: _Scale) -> Iterator[Markup]:
 def _roof(x: _Scale, y: _Scale, peak: float, bandwidth: float) -> Iterator[Markup]:
     ridge = peak / bandwidth
     lowest = max(10.0**x.low, 10.0**y.low / bandwidth)
-    yield _line("roof", x(lowest), y(lowest * bandwidth), x(ridge), y(peak))
-    yield _line("roof", x(ridge), y(peak), _WIDTH - _RIGHT, y(peak))
-    yield _text("note", _WIDTH - _RIGHT, y(peak) - _RADIUS[1] - 4, "end", f"peak {units.count(peak, 'FLOP/s')}")
+    yield line("roof", x(lowest), y(lowest * bandwidth), x(ridge), y(peak))
+    yield line("roof", x(ridge), y(peak), _WIDTH - _RIGHT, y(peak))
+    yield text("note", _WIDTH - _RIGHT, y(peak) - _RADIUS[1] - 4, "end", f"peak {units.count(peak, 'FLOP/s')}")
     label = Markup('<text class="note" transform="translate({:.1f} {:.1f}) rotate({:.1f})">{}</text>')
     end = (x(ridge), y(peak))
     start = (x(lowest), y(lowest * bandwidth))
@@ -125,13 +126,3 @@ def _mark(point: Point, x: _Scale, y: _Scale, most: float) -> Markup:
     )
     shape = Markup('<circle class="point {}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>')
     return shape.format(point.series, x(point.intensity), y(point.rate), radius, told)
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    shape = Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
-    return shape.format(kind, x1, y1, x2, y2)
-
-
-def _text(kind: str, x: float, y: float, anchor: str, text: str) -> Markup:
-    shape = Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-    return shape.format(kind, x, y, anchor, text)

@@ -12,7 +12,8 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 from regraft.ir.records import Application, Log, Refusal, RuleStatistics
-from regraft.report.model import SCHEMA_VERSION, Environment, Event, OperatorRow, Report, ReportError
+from regraft.report.budget import BudgetReport
+from regraft.report.model import READ_VERSIONS, SCHEMA_VERSION, Environment, Event, OperatorRow, Report, ReportError
 
 _NAME = "regraft.report"
 _ODD_NUMBERS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -52,6 +53,7 @@ def to_json(report: Report) -> dict[str, Any]:
             "tolerance": report.tolerance,
         },
         "events": [dataclasses.asdict(event) for event in report.events],
+        "budget": None if report.budget is None else dataclasses.asdict(report.budget),
     }
     return typing.cast(dict[str, Any], _encode(data))
 
@@ -60,10 +62,10 @@ def from_json(data: Mapping[str, Any]) -> Report:
     """The report that ``to_json`` made; raises ``ReportError`` for anything else."""
     if not isinstance(data, Mapping) or data.get("schema") != _NAME:
         raise ReportError(f"this JSON is not a report: its 'schema' is not {_NAME!r}; give what Report.to_json made")
-    if data.get("version") != SCHEMA_VERSION:
+    if data.get("version") not in READ_VERSIONS:
         raise ReportError(
-            f"the report has version {data.get('version')!r}, and this regraft reads version "
-            f"{SCHEMA_VERSION}; make it again, or install the regraft that wrote it"
+            f"the report has version {data.get('version')!r}, and this regraft reads versions "
+            f"{' and '.join(map(str, READ_VERSIONS))}; make it again, or install the regraft that wrote it"
         )
     try:
         return _read(data)
@@ -89,6 +91,7 @@ def _read(data: Mapping[str, Any]) -> Report:
         tolerance=_checked(data["drift"]["tolerance"], float | None),
         events=[_record(Event, item) for item in data["events"]],
         environment=_record(Environment, data["environment"]),
+        budget=_record(BudgetReport, data["budget"]) if data.get("budget") is not None else None,
     )
     recognized = {str(kind): _checked(number, int) for kind, number in data["recognized"].items()}
     if recognized != report.recognized:  # sites that needed no rewrite are counted in the graph, which is not here
@@ -112,6 +115,10 @@ def _checked(value: Any, expected: Any) -> Any:
     origin = typing.get_origin(expected)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_checked(item, typing.get_args(expected)[0]) for item in value)
+    if origin is list and isinstance(value, list):
+        return [_checked(item, typing.get_args(expected)[0]) for item in value]
+    if dataclasses.is_dataclass(expected) and isinstance(expected, type) and isinstance(value, Mapping):
+        return _record(expected, value)
     if origin is dict and isinstance(value, Mapping):
         return {str(key): _checked(item, typing.get_args(expected)[1]) for key, item in value.items()}
     if expected is float:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from regraft.ir.records import Refusal
 from regraft.report import units
+from regraft.report.budget import BudgetPoint, BudgetReport
 from regraft.report.groups import refusal_groups
 from regraft.report.model import Report
 
 _REASONS_SHOWN = 10
+_NAME_SHOWN = 90
 
 
 def summary(report: Report) -> str:
@@ -27,11 +29,27 @@ def verdict(report: Report) -> str:
     if report.tolerance is not None and report.end_to_end_drift is not None:
         inside = "within" if report.within_tolerance else "OUT OF"
         clauses.append(f"{inside} the tolerance {units.drift(report.tolerance)}")
+    if report.budget is not None:
+        clauses.append(budget_verdict(report.budget))
     measured = report.measured_seconds
     word, (before, after) = ("measured", measured) if measured else ("predicted", report.predicted_seconds)
     if before > 0 and after > 0:
         clauses.append(f"{word} time {units.seconds(before)} → {units.seconds(after)} ({units.ratio(before, after)})")
     return "; ".join(clauses) + "."
+
+
+def budget_verdict(budget: BudgetReport) -> str:
+    """What became of an accuracy budget, without a full stop."""
+    limit = f"{budget.metric} ≤ {budget.limit:g}"
+    if budget.refused:
+        return f"accuracy budget {limit} refused: {budget.refused}"
+    if not budget.spent:
+        return f"accuracy budget {limit} not spent: {budget.kept_exact}"
+    speed = ""
+    if budget.exact_seconds and budget.seconds:
+        pair = budget.exact_seconds, budget.seconds
+        speed = f", {units.seconds(pair[0])} → {units.seconds(pair[1])} ({units.ratio(*pair)})"
+    return f"accuracy budget {limit}: {units.drift(budget.held_out)} on {budget.samples} held-out samples{speed}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -62,11 +80,54 @@ def _sections(report: Report) -> Iterator[str]:
             for row in report.drift
         ]
         yield "Drift on probe inputs\n" + table(("pass", "rewrites", "maximum", "aggregated"), drift_rows)
+    if report.budget is not None:
+        yield from _budget_sections(report.budget)
     if report.phases:
         phases = [(name, units.seconds(value)) for name, value in report.phases.items()]
         yield "Compile time\n" + table(("phase", "time"), phases)
     if report.events:
         yield "Events\n" + "\n".join(f"  {event.kind}: {event.reason}" for event in report.events)
+
+
+def _budget_sections(budget: BudgetReport) -> Iterator[str]:
+    if budget.spent:
+        rows = [
+            (
+                decision.site,
+                decision.knob,
+                units.drift(decision.predicted_loss),
+                units.seconds(decision.predicted_saving),
+            )
+            for decision in budget.decisions
+        ]
+        yield "Lossy rewrites\n" + table(("site", "knob", "loss alone", "time saved alone"), rows)
+        yield "Accuracy budget\n" + table(("", "loss", "time"), budget_rows(budget))
+    if budget.points:
+        points = [(point.kind, *_point_cells(point)) for point in _shown_points(budget)]
+        yield "Loss and time\n" + table(("", "loss", "time", "", "rewrites"), points)
+    if budget.notes:
+        yield "Offered\n" + "\n".join(f"  {note}" for note in budget.notes)
+
+
+def budget_rows(budget: BudgetReport) -> Iterator[tuple[str, str, str]]:
+    yield "exact", "0", units.seconds(budget.exact_seconds)
+    yield "predicted", units.drift(budget.predicted_loss), units.seconds(budget.predicted_seconds)
+    yield "measured on calibration data", units.drift(budget.loss), units.seconds(budget.seconds)
+    bound = f"{units.drift(budget.held_out)} (at most {units.drift(budget.held_out_bound)} at {budget.confidence:.0%})"
+    yield f"measured on {budget.samples} samples held out", bound, ""
+    yield "limit", f"{budget.limit:g}", ""
+
+
+def _shown_points(budget: BudgetReport) -> list[BudgetPoint]:
+    """The measured curve; where nothing was measured, the predicted one."""
+    tried = [point for point in budget.curve if point.kind != "predicted"]
+    return tried if len(tried) > 1 else budget.curve
+
+
+def _point_cells(point: BudgetPoint) -> tuple[str, str, str, str]:
+    time = units.seconds(point.known_seconds) + (" (predicted)" if point.seconds is None else "")
+    name = point.name if len(point.name) <= _NAME_SHOWN else point.name[: _NAME_SHOWN - 1] + "…"
+    return units.drift(point.known_loss), time, "chosen" if point.chosen else "", name
 
 
 def _refused_lines(refusals: Sequence[Refusal]) -> Iterator[str]:

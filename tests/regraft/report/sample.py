@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from regraft.ir.records import Application, Log, Refusal, RuleStatistics
 from regraft.report import Environment, Event, OperatorRow, Report
+from regraft.report.budget import BudgetPoint, BudgetReport, Decision
 
 LONG = "/home/someone/.local/lib/python3.11/site-packages/transformers/models/llama/modeling_llama.py"
 
@@ -94,6 +97,39 @@ def sample(measured: bool = True) -> Report:
             "measured",
             {"python": "3.11.7", "torch": "2.13.0"},
         ),
+        budget=budget(),
+    )
+
+
+def budget() -> BudgetReport:
+    """Two lossy rewrites out of four compositions that were tried."""
+    names = ("tokens: tome, 8+8 of 64", "tokens: tome, 8+8 of 64; linear layers 0: bf16", "tokens: tome, 16+16 of 64")
+    points = [
+        BudgetPoint("exact", "exact", 0.0, 4e-3, 1e-14, None, 4e-3, best=True),
+        BudgetPoint(names[0], "predicted", 1e-4, 3.5e-3, best=True),
+        BudgetPoint(names[0], "tried", 1e-4, 3.5e-3, 5e-4, None, None, best=True),
+        BudgetPoint(names[1], "tried", 2e-4, 3.0e-3, 8e-4, 9e-4, 2.9e-3, best=True, chosen=True),
+        BudgetPoint(names[2], "tried", 1e-3, 3.2e-3, math.inf),
+    ]
+    return BudgetReport(
+        metric="kl",
+        limit=1e-3,
+        confidence=0.99,
+        decisions=[
+            Decision("tokens", "tome, 8+8 of 64", f"{LONG}:31 in forward", 1e-4, 5e-4),
+            Decision("linear layers 0", "bf16", "", 1e-4, 5e-4),
+        ],
+        predicted_loss=2e-4,
+        loss=8e-4,
+        held_out=9e-4,
+        held_out_bound=9.5e-4,
+        samples=64,
+        exact_seconds=4e-3,
+        predicted_seconds=3.0e-3,
+        seconds=2.9e-3,
+        points=points,
+        notes=["tokens: tome loses least when half go evenly"],
+        search_seconds=12.5,
     )
 
 

@@ -8,12 +8,14 @@ from html.parser import HTMLParser
 import pytest
 
 from regraft.report import OperatorRow, Report
+from regraft.report.budget import BudgetReport
+from regraft.report.curve import curve_svg
 from regraft.report.html import operator_totals, render, short_line
 from regraft.report.roofline import points, roofline_svg
 from tests.regraft.report.sample import sample
 
 VOID = {"wbr", "meta", "link", "input", "rect", "line"}
-SECTIONS = ["sites", "time", "roofline", "fired", "refused", "drift", "phases", "events", "environment"]
+SECTIONS = ["sites", "budget", "time", "roofline", "fired", "refused", "drift", "phases", "events", "environment"]
 
 
 class Balance(HTMLParser):
@@ -42,7 +44,8 @@ def test_the_page_is_well_formed_and_complete(report: Report) -> None:
     parser = Balance()
     parser.feed(page)
     assert parser.open == []
-    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
+    expected = [section for section in SECTIONS if section != "budget" or report.budget is not None]
+    assert re.findall(r'<section id="(\w+)"', page) == expected
     assert all(link.startswith("#") or link == "data:," for link in parser.links)
     assert "@import" not in page and "url(" not in page
 
@@ -51,6 +54,15 @@ def test_text_of_the_model_is_escaped() -> None:
     page = render(sample())
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<b>bold" not in page and "tiny &amp; &lt;b&gt;bold&lt;/b&gt;" in page
+
+
+def test_the_curve_of_a_budget_has_a_point_for_every_composition_that_holds_a_number() -> None:
+    budget = sample().budget
+    assert budget is not None
+    plot = str(curve_svg(budget))
+    assert plot.count("<circle") == 4 and "limit 0.001" in plot  # one of five lost beyond all bounds
+    assert plot.count("<polyline") == 2
+    assert curve_svg(BudgetReport("kl", 0.1)) is None
 
 
 def test_a_name_in_the_plot_is_escaped() -> None:

@@ -43,6 +43,12 @@ def test_odd_numbers_survive_json() -> None:
     assert drift is not None and math.isnan(drift)
 
 
+def test_a_report_from_before_budgets_is_read() -> None:
+    old = {key: value for key, value in sample().to_json().items() if key != "budget"} | {"version": 1}
+    back = Report.from_json(old)
+    assert back.budget is None and back.recognized == sample().recognized
+
+
 def test_a_kind_whose_sites_were_all_refused_counts_zero() -> None:
     assert sample().recognized == {"attention": 0, "rope": 0, "rms_norm": 3}
 
@@ -82,7 +88,7 @@ def test_events_are_recorded_in_order() -> None:
 
 
 def test_json_of_another_version_is_refused() -> None:
-    with pytest.raises(ReportError, match="has version 99, and this regraft reads version 1"):
+    with pytest.raises(ReportError, match="has version 99, and this regraft reads versions 1 and 2"):
         Report.from_json(sample().to_json() | {"version": 99})
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from regraft.report import Report, units
+from regraft.report.budget import BudgetReport
 from regraft.report.text import table, verdict
 from tests.regraft.report.sample import sample
 
@@ -44,6 +45,7 @@ def test_counts_and_ratios() -> None:
 def test_the_verdict_is_one_sentence() -> None:
     assert verdict(sample()) == (
         "3 rewrites made, 2 sites refused; end-to-end drift 4.2e-07; within the tolerance 1.0e-05; "
+        "accuracy budget kl ≤ 0.001: 9.0e-04 on 64 held-out samples, 4.00 ms → 2.90 ms (1.38x); "
         "measured time 4.10 ms → 2.95 ms (1.39x)."
     )
     assert verdict(Report()) == "0 rewrites made, 0 sites refused."
@@ -68,3 +70,24 @@ def test_the_summary_tells_what_fired_what_was_refused_and_why() -> None:
 
 def test_table_columns_are_aligned() -> None:
     assert table(("a", "b"), [("long", "1")]) == "  a     b\n  long  1"
+
+
+def test_a_spent_budget_tells_decisions_and_what_was_predicted_beside_what_was_measured() -> None:
+    text = " ".join(sample().summary().split())
+    for part in (
+        "tokens tome, 8+8 of 64 1.0e-04 500 µs",
+        "predicted 2.0e-04 3.00 ms",
+        "measured on calibration data 8.0e-04 2.90 ms",
+        "measured on 64 samples held out 9.0e-04 (at most 9.5e-04 at 99%)",
+        "exact 1.0e-14 4.00 ms",
+        "2.90 ms chosen tokens: tome, 8+8 of 64; linear layers 0: bf16",
+        "tokens: tome loses least when half go evenly",
+    ):
+        assert part in text
+
+
+def test_a_budget_that_was_not_spent_says_why() -> None:
+    refused = Report(budget=BudgetReport("kl", 0.1, refused="the calibration holds no batch"))
+    kept = Report(budget=BudgetReport("kl", 0.1, kept_exact="nothing is faster"))
+    assert "accuracy budget kl ≤ 0.1 refused: the calibration holds no batch" in verdict(refused)
+    assert "accuracy budget kl ≤ 0.1 not spent: nothing is faster" in verdict(kept)

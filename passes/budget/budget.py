@@ -1,0 +1,56 @@
+"""The budget itself: how much a model may lose, by which metric, and how long the search for where may take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from regraft.passes.budget.errors import BudgetError
+from regraft.passes.budget.metric import METRICS, RATES, MetricFunction, metric_name
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much accuracy a compiled model may lose against the original.
+
+    ``metric``: "kl" (nats), "top1" (share of samples whose largest output changes), "cosine" (one minus it),
+    "relative_l2", or a function of (output, reference), both as the model returns them, that gives a number or one for
+    each sample, 0 for equal outputs. ``limit``: the largest mean loss; 0 leaves the exact model. ``output`` names the
+    output that is compared ("logits", "0"); without it all are, and the worst counts. ``confidence``: that the mean of
+    the data which the calibration was drawn from keeps the limit. ``seconds``: how long the search may take, beside
+    compiling. ``seed`` says which batches are held out. Raises ``BudgetError`` for anything else.
+    """
+
+    metric: str | MetricFunction
+    limit: float
+    output: str | None = None
+    confidence: float = 0.99
+    seconds: float = 120.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.metric, str) and self.metric not in METRICS:
+            known = ", ".join(map(repr, METRICS))
+            raise BudgetError(f"the metric {self.metric!r} is not known; give one of {known}, or a function")
+        if not isinstance(self.metric, str) and not callable(self.metric):
+            raise BudgetError(f"the metric is a {type(self.metric).__name__}; give a name or a function")
+        if not _is_number(self.limit) or not 0 <= self.limit < math.inf:
+            raise BudgetError(f"the limit {self.limit!r} was given; give a number, 0 or more")
+        if self.output is not None and not isinstance(self.metric, str):
+            raise BudgetError("output was given with a metric of your own, which sees all outputs; leave it out")
+        if not _is_number(self.confidence) or not 0.5 <= self.confidence < 1:
+            raise BudgetError(f"the confidence {self.confidence!r} was given; give a number from 0.5 to 1, 1 excluded")
+        if not _is_number(self.seconds) or not 0 < self.seconds < math.inf:
+            raise BudgetError(f"seconds={self.seconds!r} was given; give a number above 0")
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether the metric counts errors."""
+        return isinstance(self.metric, str) and self.metric in RATES
+
+    def __str__(self) -> str:
+        return f"{metric_name(self.metric)} ≤ {self.limit:g}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,77 @@
+"""The mean loss of samples, and how large that of the data they were drawn from may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean over ``samples``, and an upper bound of the true mean at the confidence that was asked for."""
+
+    mean: float
+    upper: float
+    samples: int
+
+    def within(self, limit: float) -> bool:
+        """Whether the true mean is at most ``limit``, as far as these samples can tell; false for NaN."""
+        return self.upper <= limit
+
+
+def estimate(losses: NDArray[np.float64], confidence: float, rate: bool = False) -> Estimate:
+    """The estimate from independent samples.
+
+    Student's bound. For a ``rate`` of errors whose samples are all 0 or 1 it is that of Clopper and Pearson ("The use
+    of confidence or fiducial limits", Biometrika 1934): no error in n samples leaves a rate of 4.6/n possible at a
+    confidence of 99 %.
+    """
+    count = len(losses)
+    mean = float(losses.mean()) if count else math.nan
+    if count < 2 or not math.isfinite(mean):
+        return Estimate(mean, math.nan if math.isnan(mean) else math.inf, count)
+    if rate and bool(np.isin(losses, (0.0, 1.0)).all()):
+        return Estimate(mean, rate_bound(int(losses.sum()), count, confidence), count)
+    spread = float(losses.std(ddof=1)) / math.sqrt(count)
+    return Estimate(mean, mean + _student(confidence, count - 1) * spread, count)
+
+
+def rate_bound(errors: int, count: int, confidence: float) -> float:
+    """The largest rate at which ``errors`` or fewer of ``count`` are not less likely than one minus ``confidence``."""
+    if errors >= count:
+        return 1.0
+    return _root(lambda rate: _binomial(errors, count, rate) - (1 - confidence))
+
+
+def _root(falling: Callable[[float], float]) -> float:
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
+    return high
+
+
+def _binomial(errors: int, count: int, rate: float) -> float:
+    """The probability of at most ``errors`` in ``count``."""
+    if rate <= 0 or rate >= 1:
+        return float(rate <= 0)
+    logs = [
+        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        + k * math.log(rate) + (count - k) * math.log1p(-rate)
+        for k in range(errors + 1)
+    ]  # fmt: skip
+    return math.fsum(map(math.exp, logs))
+
+
+def _student(confidence: float, freedom: int) -> float:
+    """The quantile of Student's t, by its expansion around the normal one (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(confidence)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3

@@ -1,0 +1,9 @@
+"""Who offers lossy rewrites to the budget, beside token reduction, whose schedules have a solver of their own."""
+
+from __future__ import annotations
+
+from regraft.passes.budget.candidate import Offer
+from regraft.passes.budget.precision import offer_precision
+
+#: Asked in this order. A pass that can lose accuracy joins by a function like these; see ``candidate.py``.
+OFFERS: tuple[Offer, ...] = (offer_precision,)

@@ -1,0 +1,206 @@
+"""Which lossy rewrites to make together: predicted by the solvers, searched by the real loss, checked on held-out data.
+
+Sums of single losses predict too little, several times over when many rewrites meet. The solvers' answers are therefore
+only where the search starts: every composition that counts was run, one that is chosen on data that played no part in
+choosing it (but in relaxing the choice where it did not hold).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from regraft.passes.budget.budget import Budget
+from regraft.passes.budget.candidate import Candidate, Composition
+from regraft.passes.budget.errors import BudgetError
+from regraft.passes.budget.estimate import Estimate, estimate
+from regraft.passes.budget.neighbours import Space
+from regraft.passes.budget.probing import WORTH_IT, Measured, measure
+from regraft.passes.budget.token_sites import TokenSites
+from regraft.passes.budget.trials import Array, Clock, Trials, Tried
+from regraft.solvers.schedule.choice import Choice
+
+_LADDER = 14  # limits that the solvers are asked about
+_FINALISTS = 4
+_FAILURES = 16  # neighbours of the best composition that are tried before it is taken for the best
+_RELAXED = (0.5, 0.2, 0.05)  # parts of the limit that are tried when no finalist holds on held-out data
+
+
+@dataclass
+class Found:
+    """What the search found. ``chosen`` is None where the exact model remains, and ``why`` says so in one sentence.
+    ``tried`` are all compositions that were run, ``predicted`` the solvers' front."""
+
+    chosen: Tried | None = None
+    why: str = ""
+    exact: Estimate | None = None
+    tried: list[Tried] = field(default_factory=list)
+    predicted: list[Choice] = field(default_factory=list)
+    measured: Measured = field(default_factory=Measured)
+    stop: str = "done"
+    seconds: float = 0.0
+
+
+def search(trials: Trials, budget: Budget, candidates: Sequence[Candidate], sites: TokenSites | None) -> Found:
+    """Spend ``budget`` on the candidates and the token axis. Raises ``BudgetError`` where the metric is not a number,
+    or where the data cannot show even for the exact model that it keeps the limit."""
+    clock = Clock.after(budget.seconds)
+    found = _Search(trials, budget, clock).run(candidates, sites)
+    found.seconds = clock.spent
+    return found
+
+
+@dataclass
+class _Search:
+    trials: Trials
+    budget: Budget
+    clock: Clock
+    found: Found = field(default_factory=Found)
+    known: dict[tuple[str, ...], Tried] = field(default_factory=dict)
+
+    def run(self, candidates: Sequence[Candidate], sites: TokenSites | None) -> Found:
+        found = self.found
+        found.exact = self._exact()
+        found.measured = measure(self.trials, candidates, sites, self.budget.limit, self.clock)
+        space = Space(found.measured, sites, self.trials.exact_seconds)
+        if space.is_empty:
+            found.why = "; ".join(found.measured.notes) or "every rewrite alone loses more than the budget"
+            return found
+        found.predicted = space.curve(self.budget.limit, _LADDER)
+        self._climb([space.composition(choice) for choice in found.predicted], space)
+        self._climb(list(space.uniform()), space)
+        self._improve(space)
+        self._settle(space)
+        return found
+
+    def _exact(self) -> Estimate:
+        exact = self._estimate(self.trials.losses(()))
+        if math.isnan(exact.mean):
+            raise BudgetError(
+                "the metric is not a number (NaN) for the exact model on the calibration data; check the data, the "
+                "model's outputs and the metric"
+            )
+        if not exact.within(self.budget.limit):
+            if exact.mean > self.budget.limit:
+                raise BudgetError(
+                    f"the exact model has a loss of {exact.mean:.2g}, above the limit {self.budget.limit:g}, so that "
+                    "nothing can keep this budget; a metric must be 0 for equal outputs"
+                )
+            raise BudgetError(
+                f"the calibration data are too few: {exact.samples} samples cannot show a loss of at most "
+                f"{self.budget.limit:g} at a confidence of {self.budget.confidence:g}; give more batches"
+            )
+        return exact
+
+    def _estimate(self, losses: Array) -> Estimate:
+        return estimate(losses, self.budget.confidence, self.budget.is_rate)
+
+    def _try(self, composition: Composition, space: Space) -> Tried:
+        """Run a composition on the calibration data, once."""
+        key = tuple(candidate.name for candidate in composition)
+        if key not in self.known:
+            loss, seconds = space.predict(composition)
+            tried = Tried(composition, loss, seconds, self._estimate(self.trials.losses(composition)))
+            self.known[key] = tried
+            self.found.tried.append(tried)
+        return self.known[key]
+
+    def _holds(self, tried: Tried) -> bool:
+        return tried.loss is not None and tried.loss.within(self.budget.limit)
+
+    def _climb(self, ladder: Sequence[Composition], space: Space) -> None:
+        """Bisect a ladder of ever faster compositions for the last one that holds."""
+        ladder = [composition for composition in ladder if composition]
+        low, high = 0, len(ladder)
+        while low < high and self._may_go_on():
+            middle = (low + high) // 2
+            if self._holds(self._try(ladder[middle], space)):
+                low = middle + 1
+            else:
+                high = middle
+
+    def _may_go_on(self) -> bool:
+        if self.clock.part(0.8):
+            return True
+        self.found.stop = "time limit"
+        return False
+
+    def _improve(self, space: Space) -> None:
+        """From the composition that is predicted to be the fastest of those that hold to its neighbours, until none of
+        them is faster and holds."""
+        best = self._fastest()
+        while best is not None and (found := self._step(best, space)) is not None:
+            best = found
+
+    def _step(self, best: Tried, space: Space) -> Tried | None:
+        """The first neighbour that holds, those first that give the most time for the loss that they add."""
+        failures = 0
+        for neighbour in sorted(
+            space.neighbours(best.composition), key=lambda neighbour: space.price(best.composition, neighbour)
+        ):
+            if tuple(candidate.name for candidate in neighbour) in self.known:
+                continue
+            if failures >= _FAILURES or not self._may_go_on():
+                return None
+            tried = self._try(neighbour, space)
+            if self._holds(tried):
+                return tried
+            failures += 1
+        return None
+
+    def _fastest(self) -> Tried | None:
+        held = [tried for tried in self.found.tried if self._holds(tried)]
+        return min(held, key=lambda tried: tried.predicted_seconds, default=None)
+
+    def _settle(self, space: Space) -> None:
+        """Measure the finalists, and take the fastest that holds on held-out data."""
+        for share in (1.0, *_RELAXED):
+            for tried in self._timed(self._finalists(share, space)):
+                assert tried.seconds is not None
+                if not tried.seconds <= WORTH_IT * self.trials.exact_seconds:
+                    break
+                tried.held_out = self._estimate(self.trials.held_out(tried.composition))
+                if tried.held_out.within(self.budget.limit):
+                    self.found.chosen = tried
+                    return
+        self.found.why = self._why()
+
+    def _finalists(self, share: float, space: Space) -> list[Tried]:
+        """The fastest by prediction among those that keep a part of the limit, and were not held out before; where
+        there are none, the solvers are asked for that part."""
+
+        def fitting() -> list[Tried]:
+            limit = share * self.budget.limit
+            fresh = [tried for tried in self.found.tried if tried.held_out is None]
+            return [tried for tried in fresh if tried.loss is not None and tried.loss.within(limit)]
+
+        if not fitting() and share < 1.0:
+            for choice in reversed(space.curve(share * self.budget.limit / 4, 3)):
+                composition = space.composition(choice)
+                if composition:
+                    self._try(composition, space)
+        return sorted(fitting(), key=lambda tried: tried.predicted_seconds)[:_FINALISTS]
+
+    def _timed(self, finalists: Sequence[Tried]) -> Iterator[Tried]:
+        """Finalists with their measured time, the fastest first."""
+        for tried in finalists:
+            if tried.seconds is None:
+                ratio = self.trials.ratio(tried.composition, thorough=True)
+                tried.seconds = ratio * self.trials.exact_seconds if math.isfinite(ratio) else math.inf
+        yield from sorted(finalists, key=lambda tried: tried.seconds or math.inf)
+
+    def _why(self) -> str:
+        limit = f"{self.budget}"
+        if not any(self._holds(tried) for tried in self.found.tried):
+            means = [tried.loss.mean for tried in self.found.tried if tried.loss is not None]
+            least = min((mean for mean in means if not math.isnan(mean)), default=math.nan)
+            if math.isnan(least):
+                return "the metric is not a number (NaN) for every rewritten model; check the metric"
+            return (
+                f"no rewrite keeps {limit}: the mildest that was tried loses {least:.2g}; give a larger limit, or more "
+                "calibration data"
+            )
+        if any(tried.held_out is not None for tried in self.found.tried):
+            return f"nothing that keeps {limit} on the calibration data keeps it on those held out; give more of them"
+        return f"nothing that keeps {limit} takes less than {WORTH_IT:.0%} of the exact model's time"

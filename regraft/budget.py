@@ -1,0 +1,168 @@
+"""Spending an accuracy budget on a model that was compiled exactly: what ``compile(budget=…)`` does."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from regraft.build import Build, Toolchain, build
+from regraft.calibration import Call, split
+from regraft.ir.driver import Session
+from regraft.ir.program import Program
+from regraft.passes.base import Pass
+from regraft.passes.budget.budget import Budget
+from regraft.passes.budget.candidate import Candidate, rewrites
+from regraft.passes.budget.errors import BudgetError
+from regraft.passes.budget.estimate import Estimate, estimate
+from regraft.passes.budget.metric import metric_name
+from regraft.passes.budget.neighbours import Space
+from regraft.passes.budget.offers import OFFERS
+from regraft.passes.budget.search import Found, search
+from regraft.passes.budget.token_sites import find_token_sites
+from regraft.passes.budget.trials import Tried
+from regraft.passes.pipeline import default_pipeline, finishing, recognising
+from regraft.rehearsal import Rehearsal
+from regraft.report.budget import BudgetPoint, BudgetReport, Decision
+from regraft.solvers.schedule.points import front
+
+__all__ = ["Budget", "BudgetError", "Spending", "spend"]
+
+_LOG = logging.getLogger("regraft")
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A budget and the batches to spend it by."""
+
+    budget: Budget
+    calls: tuple[Call, ...]
+
+
+def spend(spending: Spending, exact: Build, model: nn.Module, target: str, verify: str) -> tuple[Build, BudgetReport]:
+    """The fastest model within the budget that was found, with what was found out; ``exact`` itself where there is
+    none, or where the budget or the calibration is refused."""
+    budget = spending.budget
+    if budget.limit == 0:
+        return exact, _report(budget, kept_exact="a budget of 0 leaves the exact model")
+    try:
+        return _spend(spending, exact, model, target, verify)
+    except BudgetError as error:
+        return exact, _report(budget, refused=str(error))
+
+
+def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, verify: str) -> tuple[Build, BudgetReport]:
+    budget = spending.budget
+    calibration = split(list(spending.calls), exact.entry, budget.seed)
+    recognised = exact.before.copy()
+    recognising().run(recognised, Session(verify="off"))
+    rehearsal = Rehearsal(recognised, finishing(target), exact.entry, model, calibration, budget)
+    found = search(rehearsal, budget, _offered(recognised, target), find_token_sites(recognised))
+    if found.chosen is None:
+        return exact, _told(budget, found, rehearsal, None, None)
+    made = _finished(exact, found.chosen, target, verify)
+    held = estimate(rehearsal.held_out_by(made.entry.executable), budget.confidence, budget.is_rate)
+    if not held.within(budget.limit):  # other kernels than those that were rehearsed
+        found.why = f"the finished model loses {held.mean:.2g} on held-out data, more than it did when it was tried"
+        return exact, _told(budget, found, rehearsal, None, None)
+    return made, _told(budget, found, rehearsal, found.chosen, held)
+
+
+def _offered(recognised: Program, target: str) -> list[Candidate]:
+    """What all offers say of a program; one that fails offers nothing."""
+    made: list[Candidate] = []
+    for offer in OFFERS:
+        try:
+            made += offer(recognised, target)
+        except Exception:  # an offer reads programs that it has not seen
+            _LOG.debug("an offer failed", exc_info=True)
+    return made
+
+
+def _finished(exact: Build, chosen: Tried, target: str, verify: str) -> Build:
+    """The chosen model, built as any other; it is compared with the original by the budget's metric instead."""
+    lossy: tuple[Pass, ...] = rewrites(chosen.composition)
+    toolchain = Toolchain(pipeline=lambda name: default_pipeline(name, tokens=lossy))
+    return build(exact.before.copy(), target, verify, toolchain, None)
+
+
+def _report(budget: Budget, **given: Any) -> BudgetReport:
+    return BudgetReport(
+        metric=metric_name(budget.metric), limit=float(budget.limit), confidence=float(budget.confidence), **given
+    )
+
+
+def _told(
+    budget: Budget, found: Found, rehearsal: Rehearsal, chosen: Tried | None, held: Estimate | None
+) -> BudgetReport:
+    common: dict[str, Any] = {
+        "points": _points(found, rehearsal.exact_seconds, chosen),
+        "notes": list(found.measured.notes),
+        "exact_seconds": rehearsal.exact_seconds,
+        "search_seconds": found.seconds,
+        "stop": found.stop,
+        "gap": max((choice.gap for choice in found.predicted), default=0.0),
+    }
+    if chosen is None or held is None or chosen.loss is None:
+        return _report(budget, kept_exact=found.why, **common)
+    return _report(
+        budget,
+        decisions=_decisions(found, chosen, rehearsal.exact_seconds),
+        predicted_loss=chosen.predicted_loss,
+        loss=chosen.loss.mean,
+        held_out=held.mean,
+        held_out_bound=held.upper,
+        samples=held.samples,
+        predicted_seconds=chosen.predicted_seconds,
+        seconds=chosen.seconds,
+        **common,
+    )
+
+
+def _decisions(found: Found, chosen: Tried, exact_seconds: float) -> list[Decision]:
+    space = Space(found.measured, None, exact_seconds)
+    made = []
+    for candidate in chosen.composition:
+        loss, seconds = space.predict((candidate,))
+        made.append(Decision(candidate.site, candidate.knob, candidate.user_line, loss, exact_seconds - seconds))
+    return made
+
+
+def _points(found: Found, exact_seconds: float, chosen: Tried | None) -> list[BudgetPoint]:
+    """The exact model, what the solvers predicted and what was tried, with the best of each kind marked."""
+    exact = found.exact.mean if found.exact is not None else None
+    made = [BudgetPoint("exact", "exact", 0.0, exact_seconds, exact, None, exact_seconds, best=True)]
+    for choice in found.predicted:  # a front already
+        name = "; ".join(choice.picks.values()) or "exact"
+        made.append(BudgetPoint(name, "predicted", choice.loss, choice.seconds, best=True))
+    tried = [_point(item, item is chosen) for item in found.tried]
+    best = {known.place for known in front(_known(tried))}
+    return [*made, *(replace(point, best=place in best) for place, point in enumerate(tried))]
+
+
+class _Known(NamedTuple):
+    """What is known of a point, for the front."""
+
+    place: int
+    loss: float
+    seconds: float
+
+
+def _known(points: list[BudgetPoint]) -> list[_Known]:
+    return [_Known(place, point.known_loss, point.known_seconds) for place, point in enumerate(points)]
+
+
+def _point(item: Tried, chosen: bool) -> BudgetPoint:
+    return BudgetPoint(
+        name=item.name,
+        kind="tried",
+        predicted_loss=item.predicted_loss,
+        predicted_seconds=item.predicted_seconds,
+        loss=item.loss.mean if item.loss is not None else None,
+        held_out=item.held_out.mean if item.held_out is not None else None,
+        seconds=item.seconds if item.seconds is not None and math.isfinite(item.seconds) else None,
+        chosen=chosen,
+    )

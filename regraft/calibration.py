@@ -1,0 +1,99 @@
+"""Calibration data: batches that fit what a model was compiled for, some of them held out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from regraft.build import Entry
+from regraft.guard import UnsupportedInput, describe_call, flatten_call
+from regraft.passes.budget.errors import BudgetError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+_MOST_BATCHES = 4096
+_FEWEST_BATCHES = 2
+_FEWEST_SAMPLES = 8  # in each of the two parts
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calls to calibrate with, and calls held out."""
+
+    calls: list[Call]
+    held_out: list[Call]
+
+
+def read_batches(calibration: Any) -> list[Call]:
+    """The calls that ``calibration`` gives: an iterable of what ``compile`` takes as example inputs. Raises
+    ``BudgetError`` for anything else."""
+    if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
+        raise BudgetError(
+            f"the calibration is a {type(calibration).__name__}; give a list of batches, each as the example inputs are"
+        )
+    calls: list[Call] = []
+    for number, batch in enumerate(itertools.islice(calibration, _MOST_BATCHES)):
+        if isinstance(batch, Tensor):
+            calls.append(((batch,), {}))
+        elif isinstance(batch, Mapping):
+            calls.append(((), dict(batch)))
+        elif isinstance(batch, (tuple, list)):
+            calls.append((tuple(batch), {}))
+        else:
+            raise BudgetError(
+                f"calibration batch {number} is a {type(batch).__name__}; give a tensor, a tuple of positional inputs "
+                "or a dict of keyword inputs"
+            )
+    return calls
+
+
+def split(calls: list[Call], entry: Entry, seed: int) -> Calibration:
+    """Half of the batches to calibrate with, half held out, drawn by ``seed``. Raises ``BudgetError`` where they do not
+    fit what was compiled, or are too few."""
+    if not calls:
+        raise BudgetError("the calibration holds no batch; give at least two, better some hundred samples")
+    for number, call in enumerate(calls):
+        if not _fits(call, entry):
+            raise BudgetError(
+                f"calibration batch {number} is {describe_call(*call)}, and the model was compiled for "
+                f"{describe_call(*entry.example)}; give batches like that"
+            )
+    if len(calls) < _FEWEST_BATCHES:
+        raise BudgetError("the calibration holds one batch; give at least two, one to calibrate with and one held out")
+    order = list(range(len(calls)))
+    random.Random(seed).shuffle(order)
+    half = len(order) // 2
+    made = Calibration([calls[at] for at in sorted(order[half:])], [calls[at] for at in sorted(order[:half])])
+    few = sum(map(samples_of, made.held_out))
+    if few < _FEWEST_SAMPLES:
+        raise BudgetError(
+            f"the calibration holds {sum(map(samples_of, calls))} samples, of which {few} are held out; give at least "
+            f"{_FEWEST_SAMPLES} to calibrate with and {_FEWEST_SAMPLES} held out"
+        )
+    return made
+
+
+def samples_of(call: Call) -> int:
+    """The first dim of the first tensor that has one."""
+    args, kwargs = call
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
+    return next((int(tensor.shape[0]) for tensor in tensors), 1)
+
+
+def leaves_of(call: Call, entry: Entry) -> list[Any]:
+    """The leaves of a call in the order of the compiled program."""
+    args, kwargs = call
+    return entry.ordered(flatten_call(args, dict(sorted(kwargs.items())))[1])
+
+
+def _fits(call: Call, entry: Entry) -> bool:
+    args, kwargs = call
+    try:
+        structure, leaves = flatten_call(args, dict(sorted(kwargs.items())))
+    except UnsupportedInput:
+        return False
+    return structure == entry.structure and entry.guard.fits(entry.ordered(leaves))

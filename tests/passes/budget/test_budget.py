@@ -1,0 +1,66 @@
+"""A budget says what may be lost; the bound of a mean covers the mean of what was not seen."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from regraft.passes.budget.budget import Budget
+from regraft.passes.budget.errors import BudgetError
+from regraft.passes.budget.estimate import estimate, rate_bound
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"metric": "perplexity"}, "the metric 'perplexity' is not known; give one of 'kl', 'top1'"),
+        ({"metric": 3}, "the metric is a int"),
+        ({"limit": -0.1}, "the limit -0.1 was given; give a number, 0 or more"),
+        ({"limit": math.nan}, "give a number, 0 or more"),
+        ({"limit": math.inf}, "give a number, 0 or more"),
+        ({"limit": "0.01"}, "give a number, 0 or more"),
+        ({"limit": True}, "give a number, 0 or more"),
+        ({"metric": max, "output": "logits"}, "which sees all outputs"),
+        ({"confidence": 1.0}, "give a number from 0.5 to 1"),
+        ({"seconds": 0}, "give a number above 0"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(given: dict[str, object], reason: str) -> None:
+    with pytest.raises(BudgetError, match=reason):
+        Budget(**{"metric": "kl", "limit": 0.01, **given})  # type: ignore[arg-type]
+
+
+def test_a_budget_tells_itself() -> None:
+    assert str(Budget("kl", 0.01)) == "kl ≤ 0.01"
+    assert str(Budget(max, 2)) == "max ≤ 2"
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.99])
+@pytest.mark.parametrize("count", [8, 40])
+def test_the_bound_covers_the_true_mean_as_often_as_it_says(confidence: float, count: int) -> None:
+    drawn = np.random.default_rng(0).normal(1.0, 0.5, (4000, count))
+    covered = np.mean([estimate(losses, confidence).upper >= 1.0 for losses in drawn])
+    assert covered == pytest.approx(confidence, abs=0.015)
+
+
+@pytest.mark.parametrize(("errors", "count"), [(0, 30), (3, 60), (59, 60)])
+def test_the_bound_of_a_rate_is_where_so_few_errors_become_unlikely(errors: int, count: int) -> None:
+    rate = rate_bound(errors, count, 0.95)
+    chance = sum(math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(errors + 1))
+    assert chance == pytest.approx(0.05, rel=1e-6)
+
+
+def test_no_error_in_few_samples_shows_little() -> None:
+    none = estimate(np.zeros(20), 0.99, rate=True)
+    assert none.mean == 0.0 and none.upper == pytest.approx(1 - 0.01 ** (1 / 20))
+    assert estimate(np.zeros(20), 0.99).upper == 0.0
+    assert estimate(np.ones(5), 0.99, rate=True).upper == 1.0
+
+
+def test_one_sample_or_none_and_what_is_no_number_show_nothing() -> None:
+    assert not estimate(np.zeros(1), 0.99).within(1.0)
+    assert not estimate(np.zeros(0), 0.99).within(1.0)
+    assert not estimate(np.array([0.0, math.nan]), 0.99).within(math.inf)
+    assert not estimate(np.array([0.0, math.inf]), 0.99).within(1.0)

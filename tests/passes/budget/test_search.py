@@ -1,0 +1,187 @@
+"""The search, on models made of arithmetic: it finds what is best by the real loss, however wrong predictions are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from regraft.passes.base import Pass
+from regraft.passes.budget.budget import Budget
+from regraft.passes.budget.candidate import Candidate, Composition, composed
+from regraft.passes.budget.errors import BudgetError
+from regraft.passes.budget.neighbours import schedule_of
+from regraft.passes.budget.search import search
+from regraft.passes.budget.token_sites import TokenSites
+from regraft.passes.budget.trials import Array
+
+SITES = TokenSites(32, 0, {"tome": (True,) * 4, "pitome": (True,) * 4}, (0, 2, 4, 8, 16), "model.py:1 in forward")
+
+
+def candidates(*sites: str, excludes: dict[str, str] | None = None) -> list[Candidate]:
+    return [
+        Candidate(site, "on", Pass(), "switches", excludes=frozenset((excludes or {}).get(site, "").split()))
+        for site in sites
+    ]
+
+
+@dataclass
+class Arithmetic:
+    """A model whose errors add up in amplitude, so that a loss of n equal parts is n times their sum (``coherent``),
+    with a little noise; its time is proportional to the tokens that each layer sees, and 5 ms less for each switch.
+    ``drift`` makes held-out data lose more than the rest."""
+
+    switches: dict[str, float] = field(default_factory=dict)
+    layers: tuple[float, ...] = (4.0, 1.0, 1.0, 1.0)
+    methods: dict[str, float] = field(default_factory=lambda: {"tome": 1.0, "pitome": 2.0})
+    coherent: bool = True
+    drift: float = 1.0
+    samples: int = 400
+    overhead: float = 0.0
+    broken: float = 0.0
+    exact_seconds: float = 0.1
+    batches: int = 4
+    seen: list[str] = field(default_factory=list)
+
+    def loss(self, composition: Composition) -> float:
+        parts = [self.switches[c.site] for c in composition if c.site in self.switches]
+        for candidate in composition:
+            removed = schedule_of(candidate)
+            if removed is not None:
+                left, factor = 32, self.methods[candidate.knob.split(",")[0]]
+                for number, weight in zip(removed, self.layers, strict=True):
+                    if number:
+                        parts.append(1e-4 * factor * weight * (32 * number / left / 8) ** 2)
+                    left -= number
+        return sum(map(math.sqrt, parts)) ** 2 if self.coherent else sum(parts)
+
+    def seconds(self, composition: Composition) -> float:
+        seconds = self.exact_seconds - 0.005 * sum(c.site in self.switches for c in composition)
+        for candidate in composition:
+            left = 32
+            for number in schedule_of(candidate) or ():
+                left -= number
+                seconds += -0.02 * (32 - left) / 32 + (self.overhead if number else 0.0)
+        return seconds
+
+    def _drawn(self, mean: float, seed: int) -> Array:
+        drawn = np.random.default_rng(seed).gamma(4.0, 0.25, self.samples)
+        return drawn / drawn.mean() * mean + self.broken
+
+    def losses(self, composition: Composition, batches: int | None = None) -> Array:
+        self.seen.append("; ".join(c.name for c in composition))
+        return self._drawn(self.loss(composition), 0)
+
+    def held_out(self, composition: Composition) -> Array:
+        return self._drawn(self.drift * self.loss(composition), 1)
+
+    def ratio(self, composition: Composition, thorough: bool = False) -> float:
+        return self.seconds(composition) / self.exact_seconds
+
+
+def every_schedule(model: Arithmetic, limit: float) -> float:
+    """The least time of any schedule whose loss, with room for the noise, keeps the limit."""
+    best = model.exact_seconds
+    for removed in itertools.product(SITES.removals, repeat=4):
+        if SITES.is_possible("tome", removed):
+            composition = (SITES.candidate("tome", removed),)
+            if model.loss(composition) * 1.07 <= limit:
+                best = min(best, model.seconds(composition))
+    return best
+
+
+@pytest.mark.parametrize("limit", [1e-3, 5e-3, 2e-2])
+def test_a_schedule_is_found_that_is_nearly_the_best_of_all(limit: float) -> None:
+    model = Arithmetic()
+    found = search(model, Budget("kl", limit), [], SITES)
+    assert found.chosen is not None and found.chosen.held_out is not None
+    assert model.loss(found.chosen.composition) <= limit
+    saved = model.exact_seconds - model.seconds(found.chosen.composition)
+    assert saved >= 0.9 * (model.exact_seconds - every_schedule(model, limit))
+
+
+def test_it_beats_every_uniform_schedule_that_holds() -> None:
+    model, limit = Arithmetic(), 4e-3
+    found = search(model, Budget("kl", limit), [], SITES)
+    uniform = [(SITES.candidate("tome", SITES.uniform("tome", number)),) for number in range(1, 9)]
+    held = [model.seconds(composition) for composition in uniform if model.loss(composition) <= limit]
+    assert found.chosen is not None and model.seconds(found.chosen.composition) < min(held)
+
+
+def test_the_method_that_loses_least_is_taken() -> None:
+    model = Arithmetic(methods={"tome": 3.0, "pitome": 1.0})
+    found = search(model, Budget("kl", 5e-3), [], SITES)
+    assert found.measured.method == "pitome"
+    assert any("pitome loses least" in note for note in found.measured.notes)
+
+
+def test_switches_join_the_schedule_and_those_that_exclude_each_other_do_not_meet() -> None:
+    model = Arithmetic(switches={"a": 1e-5, "b": 1e-5, "c": 10.0}, coherent=False)
+    held = search(model, Budget("kl", 5e-3), candidates("a", "b", "c"), SITES).chosen
+    assert held is not None and {"a", "b", "tokens"} == {c.site for c in held.composition}
+    apart = search(model, Budget("kl", 5e-3), candidates("a", "b", "c", excludes={"a": "b"}), None).chosen
+    assert apart is not None and len({"a", "b"} & {c.site for c in apart.composition}) == 1
+
+
+def test_what_does_not_hold_on_held_out_data_is_relaxed_until_it_does() -> None:
+    model, limit = Arithmetic(drift=1.5), 5e-3
+    found = search(model, Budget("kl", limit), [], SITES)
+    assert found.chosen is not None and found.chosen.held_out is not None
+    assert found.chosen.held_out.upper <= limit
+    given_up = [tried for tried in found.tried if tried.held_out is not None and tried is not found.chosen]
+    assert given_up and all(tried.held_out is not None and tried.held_out.upper > limit for tried in given_up)
+
+
+def test_where_nothing_holds_the_exact_model_remains_and_the_reason_is_told() -> None:
+    far = search(Arithmetic(), Budget("kl", 1e-9), [], SITES)
+    assert far.chosen is None and "no rewrite keeps kl ≤ 1e-09" in far.why
+    other = search(Arithmetic(drift=1e6), Budget("kl", 5e-3), [], SITES)
+    assert other.chosen is None and "on those held out" in other.why
+
+
+def test_what_saves_no_time_is_not_offered() -> None:
+    found = search(Arithmetic(overhead=0.05), Budget("kl", 1.0), [], SITES)
+    assert found.chosen is None and "no time is saved" in found.why
+    model = Arithmetic(switches={"a": 1e-5})
+    model.exact_seconds = 10.0
+    assert "not offered" in search(model, Budget("kl", 1.0), candidates("a"), None).why
+
+
+def test_without_candidates_there_is_nothing_to_spend_it_on() -> None:
+    found = search(Arithmetic(), Budget("kl", 1.0), [], None)
+    assert found.chosen is None and "no lossy rewrite applies" in found.why
+
+
+def test_a_metric_that_is_not_a_number_is_refused() -> None:
+    with pytest.raises(BudgetError, match="not a number"):
+        search(Arithmetic(broken=math.nan), Budget("kl", 1.0), [], SITES)
+
+
+def test_an_exact_model_that_has_a_loss_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"the exact model has a loss of 0\.9"):
+        search(Arithmetic(broken=0.9), Budget("kl", 0.5), [], SITES)
+
+
+def test_too_few_samples_for_a_rate_are_refused() -> None:
+    with pytest.raises(BudgetError, match=r"20 samples cannot show a loss of at most 0\.01"):
+        search(Arithmetic(samples=20), Budget("top1", 0.01), [], SITES)
+
+
+def test_the_same_seed_gives_the_same_answer() -> None:
+    first, second = (search(Arithmetic(), Budget("kl", 5e-3), [], SITES).chosen for _ in range(2))
+    assert first is not None and second is not None and first.composition == second.composition
+
+
+def test_nothing_is_run_twice() -> None:
+    model = Arithmetic()
+    found = search(model, Budget("kl", 5e-3), [], SITES)
+    names = [tried.name for tried in found.tried]
+    assert len(names) == len(set(names))
+
+
+def test_candidates_run_in_their_order() -> None:
+    late, early = Candidate("a", "x", Pass(), "f", order=2), Candidate("b", "x", Pass(), "f", order=0)
+    assert composed([late, early]) == (early, late)
