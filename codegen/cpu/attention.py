@@ -25,12 +25,12 @@ def lower_attention(context: Context, node: fx.Node, tuner: Tuner) -> fx.Node:
     in blocks of rows where a mask of all scores would be large, and what neither can express the definition."""
     given = arguments(node)
     native, sdpa = native_can(given), sdpa_can(given)
-    if native and sdpa and measurable(given):
+    if native and sdpa and measurable(context, given):
         form = shape_of(given)
         native = tuner.choose_attention(form, lambda: sample_runs(given, form)) == "native"
     if native:
         return lower_native(context, given)
-    if not (sdpa and has_flag(given)) and blocks_can(given):
+    if not (sdpa and has_flag(given)) and blocks_can(context, given):
         return lower_blocks(context, given)
     return lower_sdpa(context, given) if sdpa else lower_reference(context, given)
 
@@ -38,6 +38,6 @@ def lower_attention(context: Context, node: fx.Node, tuner: Tuner) -> fx.Node:
 def lower_mapped(context: Context, node: fx.Node) -> fx.Node | None:
     """Emit one site of ``regraft::attention_mapped``; None where its definition is to run."""
     given = arguments(node)
-    if native_can_map(given):
+    if native_can_map(context, given):
         return lower_native_map(context, given)
-    return lower_blocks(context, given) if blocks_can(given) else None
+    return lower_blocks(context, given) if blocks_can(context, given) else None

@@ -174,10 +174,10 @@ def attend_blocks_mapped(
     return attend_in_blocks(query, key, value, table, bias, slopes, define)
 
 
-def blocks_can(given: dict[str, Any]) -> bool:
+def blocks_can(context: Context, given: dict[str, Any]) -> bool:
     """Whether a site gains by blocks: its mask is spans by its form, masked keys get no weight, and scores are many."""
-    parts = take_apart(given)
-    if any(not isinstance(part, Everything) for part in (parts.runs, parts.keys, parts.rest)):
+    parts = take_apart(context, given)
+    if any(not isinstance(part, Everything) for part in (parts.known, parts.runs, parts.keys, parts.rest)):
         return False
     length, keys = shape(given["query"])[2], shape(given["key"])[2]
     fill = given.get("mask_fill")

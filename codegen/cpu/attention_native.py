@@ -38,6 +38,7 @@ from regraft.ir.mask.predicate import tensors_of
 from regraft.ir.nodes import concrete, dtype, shape, size_equal
 
 _LOG = logging.getLogger("regraft")
+_LARGEST_CONSTANT = 1 << 26  # elements of a mask that is looked at when a model is lowered
 _LARGEST_SAMPLE = 1 << 26  # scores; a larger site is not measured: reading no keys in vain decides there
 
 
@@ -61,12 +62,13 @@ class AttentionShape:
         return ("sdpa", "native") if self.dtype == torch.float32 and not NATIVE.missing() else ("sdpa",)
 
 
-def measurable(given: dict[str, Any]) -> bool:
+def measurable(context: Context, given: dict[str, Any]) -> bool:
     """Whether a site can be tried out: its sizes do not depend on data, and its scores are not too many."""
     tensors = [given[name].meta["val"] for name in ("query", "key", "value")]
     if any(free_unbacked_symbols(tensor) for tensor in tensors):
         return False
-    if not isinstance(take_apart(given).runs, Everything):
+    parts = take_apart(context, given)
+    if not isinstance(parts.runs, Everything) or not isinstance(parts.known, Everything):
         return False  # what the tensors hold decides, and a sample does not know it
     form = shape_of(given)
     return form.batch * form.heads * form.length * form.keys <= _LARGEST_SAMPLE
@@ -100,11 +102,11 @@ def native_can(given: dict[str, Any]) -> bool:
     return not NATIVE.missing()
 
 
-def native_can_map(given: dict[str, Any]) -> bool:
+def native_can_map(context: Context, given: dict[str, Any]) -> bool:
     """The same for ``regraft::attention_mapped``. Of a mask that is a tensor, minus infinity must weigh nothing."""
     if not _in_fp32(given, ("query", "key", "value", "bias", "slopes")) or NATIVE.missing():
         return False
-    parts = take_apart(given)
+    parts = take_apart(context, given)
     added = given["bias"] is not None or any(
         not isinstance(p, Everything) for p in (parts.runs, parts.keys, parts.rest)
     )
@@ -117,7 +119,7 @@ def _in_fp32(given: dict[str, Any], names: tuple[str, ...]) -> bool:
 
 def lower_native(context: Context, given: dict[str, Any]) -> fx.Node:
     """Emit one site."""
-    parts = take_apart(given)
+    parts = take_apart(context, given)
     operands = [context.value(given[name]) for name in ("query", "key", "value")]
     tables = [None if given[name] is None else context.value(given[name]) for name in ("slopes", "sinks")]
     mask, seen = mask_nodes(context, given, parts)
@@ -129,45 +131,83 @@ def lower_native_map(context: Context, given: dict[str, Any]) -> fx.Node:
     """Emit one site of ``regraft::attention_mapped``."""
     operands = [context.value(given[name]) for name in ("query", "key", "value")]
     slopes = None if given["slopes"] is None else context.value(given["slopes"])
-    mask, seen = mask_nodes(context, given, take_apart(given))
+    mask, seen = mask_nodes(context, given, take_apart(context, given))
     options = given["scale"], given["softcap"], seen, "zero", given["weight"], given["normaliser"], given["constant"]
     return context.call(attend_native, *operands, mask, slopes, None, *options)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A mask as the kernel takes it: what is a few spans of keys a row by its form, what a tensor may make so (packed
-    documents, ancestors in a tree), padding, and the rest."""
+    """A mask as the kernel takes it: what is a few spans of keys a row by its form, or by constants that were looked at
+    (``known``), what a tensor may make so (packed documents, ancestors in a tree), padding, and the rest."""
 
     spans: Predicate
+    known: Predicate
     runs: Predicate
     keys: Predicate
     rest: Predicate
 
 
-def take_apart(given: dict[str, Any]) -> Parts:
+def take_apart(context: Context, given: dict[str, Any]) -> Parts:
     """The parts of a site's mask."""
     predicate = parse(given["mask"])
     if given["bias"] is not None and given.get("mask_fill") is not None:
         # The number takes the bias's place, and may take weight.
-        return Parts(Everything(), Everything(), Everything(), predicate)
+        return Parts(Everything(), Everything(), Everything(), Everything(), predicate)
     conjuncts = predicate.operands if isinstance(predicate, And) else (predicate,)
+    constants = {n for n, tensor in enumerate(given["mask_tensors"]) if _is_constant(context, tensor)}
+    conditions = [n for n, tensor in enumerate(given["mask_tensors"]) if _is_condition(tensor)]
     seen: list[Predicate] = []
+    known: list[Predicate] = []
     runs: list[Predicate] = []
     keys: list[Predicate] = []
     rest: list[Predicate] = []
     for part in conjuncts:
         if isinstance(part, Keys):
             keys.append(part)
-        elif most_spans(conjunction([*seen, part])) <= MOST_SPANS:
+        elif most_spans(conjunction([*seen, part]), conditions) <= MOST_SPANS:
             seen.append(part)
-        elif has_spans(part):
+        elif tensors_of(part) <= constants and _sizes(given) is not None:
+            known.append(part)
+        elif has_spans(part, conditions):
             runs.append(part)
         else:
             rest.append(part)
+    if known and _known_table(context, given, conjunction(seen), conjunction(known)) is None:
+        rest, known = rest + known, []
     if rest or _is_large(given["bias"]):  # there is a tensor anyway: one is enough
         rest, runs, keys = rest + runs + keys, [], []
-    return Parts(*map(conjunction, (seen, runs, keys, rest)))
+    return Parts(*map(conjunction, (seen, known, runs, keys, rest)))
+
+
+def _is_constant(context: Context, tensor: fx.Node) -> bool:
+    return context.is_weight(tensor) and math.prod(map(concrete, shape(tensor))) <= _LARGEST_CONSTANT
+
+
+def _is_condition(tensor: fx.Node) -> bool:
+    """Whether a tensor says the same of all keys of a row."""
+    return len(shape(tensor)) > 0 and size_equal(shape(tensor)[-1], 1)
+
+
+def _sizes(given: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Heads and lengths, where none of them is symbolic."""
+    sizes = shape(given["query"])[1], shape(given["query"])[2], shape(given["key"])[2]
+    return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def _known_table(context: Context, given: dict[str, Any], seen: Predicate, known: Predicate) -> Tensor | None:
+    """The spans of a mask that is known now, constants included; None where they are many, or tensors are unknown."""
+    sizes, both = _sizes(given), conjunction([seen, known])
+    nodes = given["mask_tensors"]
+    if sizes is None or any(not _is_constant(context, nodes[number]) for number in tensors_of(both)):
+        return None
+
+    def make() -> Tensor | None:
+        tensors = [context.weight(node) if _is_constant(context, node) else torch.zeros(1) for node in nodes]
+        return spans(both, *sizes, tensors, dense=True)
+
+    table: Tensor | None = context.shared(("known spans", str(both), tuple(nodes), sizes), make)
+    return table
 
 
 def _is_large(bias: fx.Node | None) -> bool:
@@ -181,7 +221,7 @@ def mask_nodes(context: Context, given: dict[str, Any], parts: Parts) -> tuple[f
     query, key = (context.value(given[name]) for name in ("query", "key"))
     tensors = [context.value(tensor) for tensor in given["mask_tensors"]]
     if not isinstance(parts.runs, Everything) and given["bias"] is None:
-        texts = str(conjunction([parts.spans, parts.runs])), str(parts.keys)
+        texts = str(conjunction([parts.spans, parts.known, parts.runs])), str(parts.keys)
         both = context.shared(
             ("spans or mask", texts, mask_key(given)),
             lambda: context.call(spans_or_mask, *texts, tensors, query, key),
@@ -236,13 +276,12 @@ def _span_node(
     context: Context, given: dict[str, Any], parts: Parts, query: fx.Node, key: fx.Node, tensors: list[fx.Node]
 ) -> fx.Node | None:
     """Made now where nothing is unknown, else in each call."""
-    if isinstance(parts.spans, Everything):
+    if isinstance(parts.spans, Everything) and isinstance(parts.known, Everything):
         return None
-    text = str(parts.spans)
-    heads, length, keys = shape(given["query"])[1], shape(given["query"])[2], shape(given["key"])[2]
-    if not tensors_of(parts.spans) and all(isinstance(size, int) for size in (heads, length, keys)):
-        table = context.shared(("spans", text, heads, length, keys), lambda: span_table(text, [], heads, length, keys))
+    table = _known_table(context, given, parts.spans, parts.known)
+    if table is not None:
         return context.bind(table, "spans")
+    text = str(parts.spans)
     node: fx.Node = context.shared(
         ("span call", text, mask_key(given)), lambda: context.call(spans_of, text, tensors, query, key)
     )
@@ -266,7 +305,7 @@ def spans_or_mask(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The spans of a call and its padding; where the tensors make too many spans, all of it as one additive mask."""
     heads, length, keys = query.shape[1], query.shape[2], key.shape[2]
-    found = spans(parsed(text), heads, length, keys, tensors)
+    found = spans(parsed(text), heads, length, keys, tensors, dense=True)
     if found is not None:
         return found, None if padding == "all" else padding_mask(padding, tensors, query, key)
     _say_dense(text)

@@ -8,7 +8,7 @@ runs of keys when the tensor is at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,29 +52,32 @@ class _Spans:
     end: Tensor
 
 
-def has_spans(predicate: Predicate) -> bool:
-    """Whether the rows of a predicate can be spans at all, if they are few: it reads no mask that is a tensor."""
+def has_spans(predicate: Predicate, conditions: Container[int] = ()) -> bool:
+    """Whether the rows of a predicate can be spans at all, if they are few: it reads no mask of the size of the scores.
+    ``conditions`` are tensors whose last dim is 1: true for all keys of a row or for none."""
     match predicate:
-        case Dense():
-            return False
+        case Dense(number):
+            return number in conditions
         case Not(operand):
-            return has_spans(operand)
+            return has_spans(operand, conditions)
         case And(operands) | Or(operands):
-            return all(map(has_spans, operands))
+            return all(has_spans(operand, conditions) for operand in operands)
     return True
 
 
-def most_spans(predicate: Predicate) -> float:
+def most_spans(predicate: Predicate, conditions: Container[int] = ()) -> float:
     """The most intervals that a row can see, by the form of the predicate alone; infinite where a tensor says it."""
     match predicate:
-        case Dense() | Keys() | Same() | Bits():
+        case Dense(number):
+            return 1 if number in conditions else math.inf
+        case Keys() | Same() | Bits():
             return math.inf
         case Not(operand):
-            return most_spans(operand) + 1
+            return most_spans(operand, conditions) + 1
         case And(operands):
-            return sum(map(most_spans, operands)) - len(operands) + 1
+            return sum(most_spans(operand, conditions) for operand in operands) - len(operands) + 1
         case Or(operands):
-            return sum(map(most_spans, operands))
+            return sum(most_spans(operand, conditions) for operand in operands)
     return 1
 
 
@@ -85,11 +88,13 @@ def spans(
     key_length: int,
     tensors: Sequence[Tensor] = (),
     symbols: Mapping[str, int] | None = None,
+    dense: bool = False,
 ) -> Tensor | None:
     """Where the intervals of keys of each row start and end: int64 ``[2, batch or 1, heads or 1, query_length,
-    count]``, contiguous. None where some row has more than ``MOST_SPANS``, or a tensor of the size of the scores is
-    read."""
-    if not has_spans(predicate):
+    count]``, contiguous. None where some row has more than ``MOST_SPANS``, or, unless ``dense``, where a tensor of the
+    size of the scores is read: looking at all of it is worth it only once."""
+    conditions = [number for number, tensor in enumerate(tensors) if tensor.dim() and tensor.shape[-1] == 1]
+    if not dense and not has_spans(predicate, conditions):
         return None
     reader = _Reader(heads, query_length, key_length, tensors, symbols or {})
     try:
@@ -153,6 +158,8 @@ class _Reader:
                 return self._where(self.tensors[number].cpu().reshape(-1, 1, self.query_length, 1) != 0)
             case Keys(number):
                 return self._runs(self.tensors[number].cpu().reshape(-1, 1, 1, self.key_length) != 0, 0)
+            case Dense(number):
+                return self._dense(self.tensors[number].cpu() != 0)
             case Bits(number):
                 return self._tree(predicate, self.tensors[number])
             case Same(left, right):
@@ -215,6 +222,12 @@ class _Reader:
         start = place.where(first, self.key_length).topk(count, -1, largest=False).values
         end = (place + 1).where(last, self.key_length + 1).topk(count, -1, largest=False).values
         return self._without_empty(start, end.clamp(max=self.key_length))
+
+    def _dense(self, seen: Tensor) -> _Spans:
+        seen = seen.reshape((1,) * (4 - seen.dim()) + tuple(seen.shape))
+        if seen.shape[-1] == 1:
+            return self._where(seen)
+        return self._runs(seen, 0)
 
     def _tree(self, predicate: Bits, words: Tensor) -> _Spans:
         """Only the keys that the words speak of are looked at."""

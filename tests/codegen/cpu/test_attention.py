@@ -309,3 +309,35 @@ def test_documents_in_many_pieces_fall_to_a_tensor_and_say_so(
     numbers = pieces.tolist()
     assert_close(out, formula(*given, lambda b, q, k: numbers[b][q] == numbers[b][k] != 0))
     assert ("runs of keys" in caplog.text) == (kernel == "native")
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_a_constant_mask_that_nothing_reads_is_looked_at_once(stride: int, kernel: str) -> None:
+    """A dilated pattern: a few runs of keys a row, found when the model is lowered."""
+    if kernel != "native":
+        pytest.skip("PyTorch's kernel takes the tensor")
+    place = torch.arange(LENGTH)
+    distance = place[:, None] - place
+    pattern = (distance >= 0) & (distance % stride == 0)
+
+    class Patterned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("pattern", pattern)
+
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
+            return attention(query, key, value, [self.pattern], scale=0.5, mask="dense(0)")
+
+    given = operands(2)
+    executable = lower(captured(Patterned(), given))
+    names = [getattr(node.target, "__name__", "") for node in executable.module.graph.nodes]
+    assert "attend_native" in names and "score_mask" not in names
+    assert_close(executable(*given)[0], formula(*given, lambda b, q, k: bool(pattern[q, k])))
+
+
+def test_a_condition_of_a_batch_is_no_tensor_of_all_scores(kernel: str) -> None:
+    given, both = operands(2), torch.tensor([1, 0]).reshape(2, 1, 1, 1)
+    mask = "band(None,0) | dense(0)"
+    run = compiled((*given, both), scale=0.5, mask=mask)
+    assert_close(run(*given, both), formula(*given, lambda b, q, k: k <= q or b == 0))
+    assert_close(run(*given, 1 - both), formula(*given, lambda b, q, k: k <= q or b == 1))

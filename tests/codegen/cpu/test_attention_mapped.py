@@ -28,9 +28,9 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if name == "native" and NATIVE.missing():
         pytest.skip(NATIVE.missing())
     if name != "native":
-        monkeypatch.setattr(lowering, "native_can_map", lambda given: False)
+        monkeypatch.setattr(lowering, "native_can_map", lambda context, given: False)
     if name == "definition":
-        monkeypatch.setattr(lowering, "blocks_can", lambda given: False)
+        monkeypatch.setattr(lowering, "blocks_can", lambda context, given: False)
     monkeypatch.setattr(attention_blocks, "_WORTH_BLOCKS", 0)
     return name
 
