@@ -1,0 +1,1 @@
+"""Emitted files as they should be."""
