@@ -93,11 +93,11 @@ def openvino(case: Case) -> Call:
 
 
 def regraft(case: Case) -> Call:
-    """regraft's exact rewrites."""
+    """regraft's exact rewrites, captured at the first call as `torch.compile` does."""
     # Imported here so that the peers can be measured without regraft.
     from regraft import compile as regraft_compile
 
-    return _call(regraft_compile(case.module, case.args, kwargs=case.kwargs), case)
+    return _call(regraft_compile(case.module), case)
 
 
 PEERS: dict[str, Callable[[Case], Call]] = {

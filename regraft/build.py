@@ -123,7 +123,7 @@ class Entry:
     def __call__(self, leaves: list[Any]) -> Any:
         leaves = self.ordered(leaves)
         with torch.no_grad():
-            if self._written or self._inputs_written:
+            if self.writes:
                 with self._lock:  # reading the state and writing the next must not mix with another thread's
                     outputs = self.executable(*leaves)
                     for position, buffer in self._written:
@@ -132,6 +132,15 @@ class Entry:
                         leaves[place].copy_(outputs[position])
             else:
                 outputs = self.executable(*leaves)
+        return self.presented(outputs)
+
+    @property
+    def writes(self) -> bool:
+        """Whether runs write to buffers or inputs."""
+        return bool(self._written or self._inputs_written)
+
+    def presented(self, outputs: Sequence[Any]) -> Any:
+        """The user's output structure, of the flat outputs of a run."""
         kept = [constant if position < 0 else outputs[position] for position, constant in self._picked]
         return tree_unflatten(kept, self._out_spec)
 
@@ -163,7 +172,8 @@ class Build:
     ``before`` is a copy of the captured program (its graph; tensors are shared). ``drift`` is the relative L2
     error against the original on the example inputs, None when that was not asked for; where it is too large,
     ``captured_drift`` is that of the captured program before any rewrite. ``repetitions`` counts the checks that were
-    not computed because they are the same as earlier ones, other parameters aside.
+    not computed because they are the same as earlier ones, other parameters aside. ``outputs`` are the flat outputs on
+    the example inputs, where they were computed to be compared: the call that asked for the compilation needs no other.
     """
 
     entry: Entry
@@ -174,6 +184,7 @@ class Build:
     drift: float | None = None
     tolerance: float | None = None
     captured_drift: float | None = None
+    outputs: Sequence[Any] | None = None
 
     @property
     def accepted(self) -> bool:
@@ -250,19 +261,25 @@ def _build(
     if compared:
         started = time.perf_counter()
         with together.running() if together is not None else nullcontext():
-            result.drift, result.tolerance = _compare(program, executable, expected)
+            outputs = _outputs(program, executable)
+        result.drift, result.tolerance = _compare(program.user_outputs(outputs), expected)
+        if together is None and not result.entry.writes:
+            result.outputs = outputs
         if together is not None:
             result.drift = together.worst(result.drift)
         if not result.accepted:
-            result.captured_drift, _ = _compare(before, before.callable(), expected)
+            captured = before.user_outputs(_outputs(before, before.callable()))
+            result.captured_drift, _ = _compare(captured, expected)
         phases["verification"] = seconds + time.perf_counter() - started
     return result
 
 
-def _compare(program: Program, executable: Executable, expected: Any) -> tuple[float, float]:
+def _outputs(program: Program, executable: Executable) -> Sequence[Any]:
     with torch.no_grad():
-        inputs = copy.copy(program.example)
-        outputs = program.user_outputs(executable(*inputs))
+        return executable(*program.example)
+
+
+def _compare(outputs: Any, expected: Any) -> tuple[float, float]:
     wanted, given = tree_leaves(expected), tree_leaves(outputs)
     if len(wanted) != len(given):
         return float("inf"), 0.0

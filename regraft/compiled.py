@@ -58,6 +58,14 @@ class Options:
         return self.experts is not None and self.experts.sharded
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The output of the call that led to a compilation: computed to be compared with the original's."""
+
+    entry: Entry
+    output: Any
+
+
 class CompiledModule(StandIn):
     """A model compiled for inference; call it as you would call the model.
 
@@ -112,6 +120,9 @@ class CompiledModule(StandIn):
             found = self._find(key, structure, leaves, args, kwargs)
             if isinstance(found, str):
                 return self._run_original(found, args, kwargs)
+            if isinstance(found, Answer):
+                found.entry.used = next(self._clock)
+                return found.output
             entry = found
         if entry.shares_written_memory(leaves):
             return self._run_original("an input that the model writes to shares memory with another", args, kwargs)
@@ -204,7 +215,7 @@ class CompiledModule(StandIn):
         leaves: list[Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Entry | str:
+    ) -> Entry | Answer | str:
         with self._lock:
             for entry in self._entries:
                 if entry.structure == structure and entry.guard.fits(entry.ordered(leaves)):
@@ -216,7 +227,9 @@ class CompiledModule(StandIn):
                 return self._refused[key]
             return self._capture_call(key, args, dict(sorted(kwargs.items())), describe(leaves))
 
-    def _capture_call(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], shown: str) -> Entry | str:
+    def _capture_call(
+        self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], shown: str
+    ) -> Entry | Answer | str:
         if self._restless >= _RESTLESS:
             self._restless -= 1
             self._watch_weights()
@@ -244,7 +257,9 @@ class CompiledModule(StandIn):
                     error = second
             return self._refuse(key, str(error), tell=False)
 
-    def _compile(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Entry | str:
+    def _compile(
+        self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+    ) -> Entry | Answer | str:
         model = self.original
         assert self._source is not None and model is not None
         with CAPTURE, no_cycle_search(), gate_of(model).capturing() as alone:
@@ -265,7 +280,7 @@ class CompiledModule(StandIn):
         kwargs: dict[str, Any],
         dynamic: Any,
         together: Together | None = None,
-    ) -> Entry | str:
+    ) -> Entry | Answer | str:
         started = time.perf_counter()
         program = capture(self._source, args, kwargs, dynamic)
         captured = {id(tensor): tensor for tensor in program.weights.originals.values()}
@@ -286,6 +301,7 @@ class CompiledModule(StandIn):
             return self._refuse(key, f"compilation failed ({first_line(error)}); please report it")
         if made.accepted and self._options.spending is not None:
             made = self._spend(self._options.spending, made, model)
+        outputs, made.outputs = made.outputs, None  # not to be held for the report
         self._take_report(made, seconds)
         for reason in self._options.experts.refused(made.log) if self._options.experts is not None else ():
             self._event("placement", reason)
@@ -295,7 +311,7 @@ class CompiledModule(StandIn):
         self._remember(key, made.entry)
         self._captured |= captured
         self._watch_weights()
-        return made.entry
+        return made.entry if outputs is None else Answer(made.entry, made.entry.presented(outputs))
 
     def _spend(self, spending: Spending, exact: Build, model: nn.Module) -> Build:
         """The model within the accuracy budget; the exact one, and why, where there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -51,6 +52,42 @@ def test_the_whole_chain_agrees_with_the_model() -> None:
     assert_same(fast, model, x)
     assert len(fast.entries) == 1 and fast.report.within_tolerance and events(fast) == []
     assert next(iter(fast.report.phases)) == "capture" and fast.report.operators_before
+
+
+class Counter(nn.Module):
+    """A model that counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x * 2 + self.calls
+
+
+@pytest.mark.parametrize(("model", "runs"), [(nn.GELU(), [1, 2]), (Counter(), [2, 3])])
+def test_the_call_that_led_to_a_compilation_is_answered_by_the_run_that_was_compared(
+    model: nn.Module, runs: list[int]
+) -> None:
+    counted = 0
+
+    def lower(program: Program, session: Session) -> Any:
+        def run(*inputs: Any) -> Any:
+            nonlocal counted
+            counted += 1
+            return program.callable()(*inputs)
+
+        return run
+
+    x = torch.randn(2, 4)
+    expected = copy.deepcopy(model.eval())(x)
+    fast = regraft.compile(model.eval(), toolchain=Toolchain(PLAIN.pipeline, lower))
+    first = fast(x)
+    assert torch.equal(first, expected) and counted == runs[0]
+    first.zero_()  # the caller's own
+    second = fast(x)
+    assert second is not first and counted == runs[1] and second.abs().max() > 0
 
 
 @pytest.mark.parametrize("example", [torch.ones(2, 4), (torch.ones(2, 4),), {"input": torch.ones(2, 4)}])
