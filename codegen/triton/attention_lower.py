@@ -26,6 +26,8 @@ from regraft.ir.nodes import arguments, concrete, shape
 #: Queries, and rows of queries and heads that share keys, up to which the keys are divided among programs.
 MOST_DECODED_QUERIES, MOST_DECODED_ROWS = 16, 128
 _DECODE = KeyLayout(packs_heads=True)
+#: The operators that kernels are emitted for.
+OPERATORS = (ops.attention, ops.attention_mapped)
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,17 @@ class AttentionPlan:
 
     @staticmethod
     def of(graph: fx.Graph) -> AttentionPlan:
-        """Decide every ``regraft::attention`` of a graph; emits, and builds nothing."""
+        """Decide every attention of a graph; emits, and builds nothing."""
         asked: dict[tuple[AttentionSpec, bool], list[fx.Node]] = {}
         choices: dict[fx.Node, Choice] = {}
         for node in graph.nodes:
-            if node.target is not ops.attention:
+            if node.target not in OPERATORS:
                 continue
             given = arguments(node)
             try:
                 spec = site_spec(given)
             except Unsupported as refusal:
-                runs = "sdpa" if sdpa_can(given) and given["sinks"] is None else "reference"
+                runs = "sdpa" if _sdpa_runs(node, given) else "reference"
                 choices[node] = Choice(node, runs, reason=str(refusal))
             else:
                 asked.setdefault((spec, is_decode(given, spec)), []).append(node)
@@ -75,9 +77,20 @@ class AttentionPlan:
         if choice.runs == "sdpa":
             return lower_sdpa(context, given)
         if choice.runs == "reference":
-            return lower_reference(context, given)
+            return _call_definition(context, node, given)
         kernel = self.kernels[choice.kernel]
         return context.call(operator_of(kernel), *(_operand(context, given, name) for name in kernel.operands))
+
+
+def _sdpa_runs(node: fx.Node, given: dict[str, Any]) -> bool:
+    return node.target is ops.attention and sdpa_can(given) and given["sinks"] is None
+
+
+def _call_definition(context: Context, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    if node.target is ops.attention:
+        return lower_reference(context, given)
+    args, kwargs = fx.map_arg(node.args, context.value), fx.map_arg(node.kwargs, context.value)
+    return context.call(node.target, *args, **kwargs)
 
 
 def is_decode(given: dict[str, Any], spec: AttentionSpec) -> bool:

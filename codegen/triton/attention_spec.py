@@ -31,6 +31,16 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 EMPTY_ROWS = ("nan", "zero", "mean")
 SMALLEST_DIM, LARGEST_DIM = 1, 512
 _BOUND_NAMES = (QUERY_LENGTH, KEY_LENGTH)
+_WITH_CONSTANT = ("sum_eps", "constant")
+#: What an attention is where its operator has no argument for it.
+_DEFAULTS: dict[str, Any] = {
+    "sinks": None,
+    "mask_fill": None,
+    "empty_rows": "nan",
+    "weight": "exp",
+    "normaliser": "sum",
+    "constant": 1.0,
+}
 
 
 class Unsupported(ValueError):
@@ -118,7 +128,7 @@ def _supports_plain(spec: AttentionSpec) -> str | None:
         return f"{pair} have no log-sum-exp"
     if spec.mask_fill is not None:
         return f"{pair} have no value at masked scores: the mask is 0/1"
-    if spec.normaliser in ("sum_eps", "constant") and not 0 < abs(spec.constant) < math.inf:
+    if spec.normaliser in _WITH_CONSTANT and not 0 < abs(spec.constant) < math.inf:
         return f"the constant of the normaliser {spec.normaliser} is {spec.constant}, and kernels divide by it"
     return None
 
@@ -144,11 +154,13 @@ def _symbols(predicate: Predicate) -> set[str]:
 
 
 def site_spec(given: dict[str, Any], lse: bool = False, precision: str = "ieee") -> AttentionSpec:
-    """The spec of a ``regraft::attention`` site, from its arguments by name (``ir.nodes.arguments``).
+    """The spec of a ``regraft::attention`` or ``regraft::attention_mapped`` site, from its arguments by name
+    (``ir.nodes.arguments``).
 
     Raises ``Unsupported`` with the reason where no kernel is emitted for it: the operator's reference or PyTorch's
     attention runs such a site.
     """
+    given = {**_DEFAULTS, **given}
     tensors = [given[name] for name in ("query", "key", "value")]
     if len({dtype(tensor) for tensor in tensors}) > 1:
         raise Unsupported(f"query, key and value are {', '.join(str(dtype(tensor)) for tensor in tensors)}")
@@ -171,6 +183,9 @@ def site_spec(given: dict[str, Any], lse: bool = False, precision: str = "ieee")
         slopes=given["slopes"] is not None,
         sinks=given["sinks"] is not None,
         softcap=bool(given["softcap"]),
+        weight=given["weight"],
+        normaliser=given["normaliser"],
+        constant=given["constant"] if given["normaliser"] in _WITH_CONSTANT else 1.0,
         lse=lse,
         precision=precision,
     )

@@ -16,9 +16,8 @@ from torch import fx
 
 from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.executable import Executable
-from regraft.codegen.triton.attention_lower import AttentionPlan, Choice, refused_text
+from regraft.codegen.triton.attention_lower import OPERATORS, AttentionPlan, Choice, refused_text
 from regraft.codegen.triton.emit import Kernel
-from regraft.ir import ops
 from regraft.ir.exactness import Exactness
 from regraft.ir.nodes import user_line
 from regraft.ir.program import Program
@@ -41,7 +40,7 @@ class KernelExecutable(Executable):
 def lower(program: Program, log: Log | None = None) -> KernelExecutable:
     """The program as an executable for a GPU; ``log`` is told which sites have a kernel, and why others have none."""
     attention = AttentionPlan.of(program.graph)
-    lowerings: dict[Any, Lowering] = {ops.attention: attention.lower}
+    lowerings: dict[Any, Lowering] = dict.fromkeys(OPERATORS, attention.lower)
     context = Context(torch.nn.Module(), fx.Graph(), program=program)
     for node in program.user_inputs():
         context.values[node] = Lowered(full=context.graph.placeholder(node.name))

@@ -47,7 +47,8 @@ class Site(nn.Module):
         self.options: dict[str, Any] = {"scale": 0.25, **options}
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor) -> Any:
-        return ops.attention(query, key, value, list(masks), **self.options)
+        operator = ops.attention_mapped if "weight" in self.options else ops.attention
+        return operator(query, key, value, list(masks), **self.options)
 
 
 def lowered(model: nn.Module, args: tuple[Any, ...], log: Log | None = None, dynamic: Any = None) -> KernelExecutable:
@@ -67,7 +68,7 @@ def of_site(dtype: torch.dtype = FP32, queries: int = 6, head_dim: int = 8, **op
     model = Site(**options)
     executable = lowered(model, (query, key, value), log)
     (given,) = executable(query, key, value)
-    assert relative_l2(given, model(query, key, value)) < 1e-3
+    torch.testing.assert_close(given, model(query, key, value), rtol=1e-3, atol=1e-3)
     return executable, (query, key, value), log
 
 
@@ -106,6 +107,14 @@ def test_few_queries_against_more_keys_are_decoded() -> None:
     assert few[0].choices[0].kernel.startswith("attention_decode")
 
 
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("normaliser", ["none", "sum_eps", "sum_abs"])
+@pytest.mark.parametrize("weight", ["exp", "sigmoid", "relu", "gelu"])
+def test_other_weights_than_a_softmax_have_kernels(weight: str, normaliser: str, queries: int) -> None:
+    options = {"weight": weight, "normaliser": normaliser, "constant": 0.5, "mask": "band(None,key_len - query_len)"}
+    assert of_site(queries=queries, **options)[0].choices[0].runs == "kernel"
+
+
 @pytest.mark.parametrize(
     ("options", "runs", "reason"),
     [
@@ -114,6 +123,8 @@ def test_few_queries_against_more_keys_are_decoded() -> None:
         ({"dtype": FP64, "sinks": torch.ones(4)}, "reference", "elements are torch.float64"),
         ({"head_dim": 520}, "sdpa", "head_dim is 520"),
         ({"scale": -0.5}, "sdpa", "scale is -0.5"),
+        ({"dtype": FP64, "weight": "relu"}, "reference", "elements are torch.float64"),
+        ({"weight": "relu", "normaliser": "constant"}, "reference", "the constant of the normaliser"),
     ],
 )
 def test_what_has_no_kernel_is_told_with_what_runs(options: dict[str, Any], runs: str, reason: str) -> None:
