@@ -6,18 +6,27 @@ import itertools
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from regraft.build import Entry
+from regraft.errors import SourceError
 from regraft.guard import UnsupportedInput, describe_call, flatten_call
 from regraft.passes.budget.errors import BudgetError
+from regraft.sources import read_inputs
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 _MOST_BATCHES = 4096
 _FEWEST_BATCHES = 2
 _FEWEST_SAMPLES = 8  # in each of the two parts
+
+
+class Call(NamedTuple):
+    """The inputs of one call of the model; a batch with positional and keyword inputs is given as one of these."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,14 @@ def read_batches(calibration: Any) -> list[Call]:
         )
     calls: list[Call] = []
     for number, batch in enumerate(itertools.islice(calibration, _MOST_BATCHES)):
-        if isinstance(batch, Tensor):
-            calls.append(((batch,), {}))
+        if isinstance(batch, Call):
+            calls.append(batch)
+        elif isinstance(batch, Tensor):
+            calls.append(Call((batch,), {}))
         elif isinstance(batch, Mapping):
-            calls.append(((), dict(batch)))
+            calls.append(Call((), dict(batch)))
         elif isinstance(batch, (tuple, list)):
-            calls.append((tuple(batch), {}))
+            calls.append(Call(tuple(batch), {}))
         else:
             raise BudgetError(
                 f"calibration batch {number} is a {type(batch).__name__}; give a tensor, a tuple of positional inputs "
@@ -75,6 +86,28 @@ def split(calls: list[Call], entry: Entry, seed: int) -> Calibration:
             f"{_FEWEST_SAMPLES} to calibrate with and {_FEWEST_SAMPLES} held out"
         )
     return made
+
+
+def stored_batches(path: Path, example: Call) -> list[Call]:
+    """Batches from a folder of safetensors files, one each in the order of their names, or from one file of many
+    samples, cut to batches of the example's size; samples that are left over are not used. Raises ``SourceError``."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise SourceError(
+                f"the folder {path} holds no safetensors file; give one for each batch, or one file of all"
+            )
+        return [Call(*read_inputs(file)) for file in files]
+    args, kwargs = read_inputs(path)
+    size, number = samples_of(example), samples_of(Call(args, kwargs))
+
+    def cut(value: Tensor, at: int) -> Tensor:
+        return value[at : at + size] if value.dim() and len(value) == number else value
+
+    return [
+        Call(tuple(cut(value, at) for value in args), {name: cut(value, at) for name, value in kwargs.items()})
+        for at in range(0, number - size + 1, size)
+    ]
 
 
 def samples_of(call: Call) -> int:

@@ -61,21 +61,43 @@ def optimize(
     topology: Annotated[
         str | None, typer.Option("--topology", help="With --split nearest: the nodes, a preset or a TOML file.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", metavar="METRIC=LIMIT", help="The accuracy that may be lost, as kl=0.01; see --calibration."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="DATA",
+            help="With --budget: a safetensors file of many samples, or a folder with a file for each batch.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compile MODEL, check it, and write the artifact."""
     with guard(as_json):
-        check_output(output, html, keep=(model, inputs, experts))
+        check_output(output, html, keep=(model, inputs, experts, calibration))
         placed = _placed(experts, rank, split, topology)
+        if calibration is not None and budget is None:
+            raise UsageFault("--calibration is what a budget is spent by; give the budget with --budget")
         with progress(f"compiling {model}", as_json):
             source = toolbox.resolve(model, inputs)
+            lossy = toolbox.budget(budget, calibration, source) if budget is not None else {}
             fast = toolbox.compile_model(
-                source, target=target, dynamic=True if dynamic else None, verify=verify.value, experts=placed
+                source, target=target, dynamic=True if dynamic else None, verify=verify.value, experts=placed, **lossy
             )
         report = fast.report
         report.model = report.model or model
         if html is not None:
             report.save_html(html)
+        if report.budget is not None and report.budget.refused:
+            raise Refused(
+                f"the accuracy budget was refused ({report.budget.refused}), so {output} was not written; "
+                "leave --budget out to write the exact model"
+            )
         if not report.within_tolerance:
             raise Refused(
                 f"the compiled model is out of tolerance (relative L2 error "

@@ -48,6 +48,28 @@ def compile_model(source: Source, **options: Any) -> Any:
     return regraft.compile(source.model, source.args, source.kwargs, **options)
 
 
+def budget(text: str, calibration: Path | None, source: Source) -> dict[str, Any]:
+    """What ``regraft.compile`` takes as budget and calibration, from ``kl=0.01`` and stored batches; raises
+    ``UsageFault``."""
+    from regraft.calibration import Call, stored_batches
+    from regraft.passes.budget.budget import Budget
+    from regraft.passes.budget.errors import BudgetError
+
+    metric, separator, limit = text.partition("=")
+    try:
+        made = Budget(metric.strip(), float(limit))
+    except BudgetError as error:
+        raise UsageFault(str(error)) from error
+    except ValueError as error:
+        what = f"{limit!r} is not a number" if separator else "it has no limit"
+        raise UsageFault(f"--budget is {text!r}, and {what}; give a metric and its limit, as kl=0.01") from error
+    if calibration is None:
+        if made.limit > 0:
+            raise UsageFault("--budget was given without data to spend it by; give --calibration")
+        return {"budget": made}
+    return {"budget": made, "calibration": stored_batches(calibration, Call(tuple(source.args), dict(source.kwargs)))}
+
+
 def sharding(plan: Path, rank: int, split: str, topology: str | None) -> Sharding:
     """One rank's part of a plan file; raises ``UsageFault`` for what does not exist or does not fit."""
     from regraft.passes.experts.errors import ShardingError

@@ -17,35 +17,11 @@ from torch import Tensor, nn
 
 import regraft
 from regraft import Budget
-from regraft.codegen.cpu.tuning import Tuner
 from regraft.errors import OptionError
-from regraft.passes.budget.candidate import Composition
-from regraft.passes.budget.neighbours import schedule_of
-from regraft.rehearsal import Rehearsal
+from tests.regraft import budget_cases
+from tests.regraft.budget_cases import Classifier, batch, nothing_is_timed
 
 LIMIT = 0.02
-
-
-class Classifier(nn.Module):
-    """Two blocks over 16 tokens, their mean, ten classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.encoder(x).mean(dim=1))
-        return out
-
-
-def batch(seed: int, size: int = 8) -> Tensor:
-    """Tokens that come in alike pairs."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, 8, 32, generator=generator).repeat_interleave(2, dim=1)
-    return x + 0.3 * torch.randn(size, 16, 32, generator=generator)
 
 
 def kl(model: Callable[..., Any], other: Callable[..., Any], x: Tensor) -> float:
@@ -55,22 +31,8 @@ def kl(model: Callable[..., Any], other: Callable[..., Any], x: Tensor) -> float
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each token gone saves time; a layer in bf16 saves none, so that machines with and without it do the same. Every
-    layer has its first kernel: two compilations of one model are then equal bit by bit."""
-    first = {"_measure_linear": ("plain", {}), "_measure_attention": ("sdpa", {})}
-    for name, chosen in first.items():
-        monkeypatch.setattr(Tuner, name, lambda self, *given, chosen=chosen: chosen)
-
-    def ratio(self: Rehearsal, composition: Composition, thorough: bool = False) -> float:
-        gone, left = 0, 1.0
-        for candidate in composition:
-            for number in schedule_of(candidate) or ():
-                gone += number
-                left -= gone / 64
-        return left
-
-    monkeypatch.setattr(Rehearsal, "ratio", ratio)
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing_is_timed(monkeypatch)
 
 
 @pytest.fixture
@@ -97,7 +59,7 @@ def test_the_model_is_faster_and_keeps_the_limit_on_data_that_it_has_not_seen(mo
     assert report.spent and report.within_limit and report.seconds < report.exact_seconds
     assert 0 < report.held_out <= report.held_out_bound <= LIMIT and report.samples == 32
     assert [decision.site for decision in report.decisions] == ["tokens"]
-    assert report.decisions[0].user_line.partition(":")[0] == __file__
+    assert report.decisions[0].user_line.partition(":")[0] == budget_cases.__file__
     fresh = [kl(model, fast, batch(seed)) for seed in range(100, 110)]
     assert 0 < sum(fresh) / len(fresh) <= LIMIT
     assert {item.exactness for item in fast.report.applications} >= {"lossy"}
