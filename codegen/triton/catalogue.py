@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from regraft.codegen.triton.attention_samples import attention_samples
 from regraft.codegen.triton.emit import Kernel
+from regraft.codegen.triton.rowwise.samples import rowwise_samples
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Sample:
 #: Family -> its samples by name. A new family adds a line.
 FAMILIES: dict[str, Callable[[], dict[str, Callable[[], Kernel]]]] = {
     "attention": attention_samples,
+    "rowwise": rowwise_samples,
 }
 
 

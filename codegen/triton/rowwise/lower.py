@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import networkx as nx
 from torch import fx
-from torch.fx.passes.tools_common import stable_topological_sort
 
 from regraft.codegen.triton.emit import Kernel, Origin
 from regraft.codegen.triton.load import load_kernel
@@ -63,7 +63,7 @@ def lower_regions(program: Program) -> RegionReport:
         for region in regions:
             held = reads(region)
             report.placed.append(_place(program, region, first, [held[place] for place in places]))
-    stable_topological_sort(program.module)
+    _sort(program)
     program.module.recompile()
     return report
 
@@ -89,6 +89,17 @@ def _place(program: Program, region: Region, made: RegionKernel, inputs: list[fx
     for member in reversed(region.nodes):
         graph.erase_node(member)
     return Placed(made.kernel.name, names, region.reason, user_line(node))
+
+
+def _sort(program: Program) -> None:
+    """Every call behind what it reads, otherwise in the order that was."""
+    paths: nx.DiGraph = nx.DiGraph()
+    places = {node: place for place, node in enumerate(program.graph.nodes)}
+    paths.add_nodes_from(places)
+    paths.add_edges_from((operand, node) for node in places for operand in node.all_input_nodes)
+    for node in nx.lexicographical_topological_sort(paths, key=places.__getitem__):
+        if node.op not in ("placeholder", "output"):
+            program.output_node.prepend(node)
 
 
 def reads(region: Region) -> list[fx.Node]:
