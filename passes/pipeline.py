@@ -17,6 +17,7 @@ from regraft.passes.fuse.merge_linears import MergeLinears
 from regraft.passes.fuse.residual_norm import FuseResidualNorm
 from regraft.passes.recognize.activation import RecognizeQuickGelu, RecognizeReluSquared, RecognizeSilu
 from regraft.passes.recognize.attention import RecognizeAttention
+from regraft.passes.recognize.attention_mapped import RecognizeMappedAttention
 from regraft.passes.recognize.count import CountSites
 from regraft.passes.recognize.gelu import RecognizeGelu, RecognizeGeluTanh
 from regraft.passes.recognize.glu import RecognizeGlu, RecognizeTorchGlu
@@ -59,6 +60,7 @@ class RecognizeBlocks(RulePass):
         RecognizeMoeLoop(),
         RecognizeAttention(),
         RecognizeSdpa(),
+        RecognizeMappedAttention(),
         RecognizeTorchGlu(),
         RecognizeGlu(),
     )

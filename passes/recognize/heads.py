@@ -62,6 +62,31 @@ def build_attention(
     build: Builder, root: fx.Node, heads: Heads, scores: Scores, masks: Masks, empty_rows: str
 ) -> fx.Node:
     """The attention operator in front of ``root``, reshaped to ``root``'s shape where that is not 4-D."""
+    given = build_operands(build, heads, scores, masks)
+    node = build.call(
+        attention,
+        *given.tensors,
+        scores.sinks,
+        scale=given.scale,
+        mask=given.mask,
+        mask_fill=masks.fill,
+        empty_rows=empty_rows,
+        softcap=scores.softcap,
+    )
+    return shaped_as(build, node, root)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What every kind of attention takes first: query, key, value, mask tensors, bias and slopes; scale and mask."""
+
+    tensors: tuple[Any, ...]
+    scale: float
+    mask: str
+
+
+def build_operands(build: Builder, heads: Heads, scores: Scores, masks: Masks) -> Operands:
+    """The operands of a site in four dims."""
     query, query_factor = _unscaled(build, heads.query)
     key, key_factor = _unscaled(build, heads.key)
     leading = _leading(build, heads)
@@ -71,21 +96,16 @@ def build_attention(
     query4, key4, value4 = _alike(build, query4, key4, value4)
     lengths = build.size(heads.leading, -2), build.size(heads.key, -1 if heads.key_is_transposed else -2)
     bias = build_bias(build, masks, leading, lengths)
-    node = build.call(
-        attention,
-        query4,
-        key4,
-        value4,
-        [at_most_four(build, tensor) for tensor in masks.tensors],
-        bias,
-        build_slopes(build, masks),
-        scores.sinks,
-        scale=scores.scale * query_factor * key_factor,
-        mask="all" if isinstance(masks.predicate, Everything) else str(masks.predicate),
-        mask_fill=masks.fill,
-        empty_rows=empty_rows,
-        softcap=scores.softcap,
+    tables = [at_most_four(build, tensor) for tensor in masks.tensors]
+    return Operands(
+        (query4, key4, value4, tables, bias, build_slopes(build, masks)),
+        scores.scale * query_factor * key_factor,
+        "all" if isinstance(masks.predicate, Everything) else str(masks.predicate),
     )
+
+
+def shaped_as(build: Builder, node: fx.Node, root: fx.Node) -> fx.Node:
+    """An attention's output in the shape and element type of what it replaces."""
     if rank(root) != 4 or not all(size_equal(a, b) for a, b in zip(shape(root), shape(node), strict=True)):
         node = build.call(aten.reshape.default, node, build.sizes(root))
     return node if dtype(node) == dtype(root) else build.call(aten.to.dtype, node, dtype(root))
