@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from regraft.codegen.triton.rowwise.operators import Kind, interleave, step_of
+from regraft.codegen.triton.rowwise.operators import Kind, interleave, product, step_of
 from regraft.ir.nodes import arguments, shape
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ def spans_of(graph: fx.Graph, wide: set[fx.Node]) -> dict[fx.Node, tuple[Span, .
 def _classes(node: fx.Node, classes: dict[fx.Node, Classes]) -> Classes:
     """A number for each column, the same where columns are computed together."""
     length = int(shape(node)[-1])
-    if node.op == "placeholder":
+    if node.op == "placeholder" or node.target is product:
         return np.zeros(length, np.int64)
     step = step_of(node)
     assert not isinstance(step, str), step

@@ -54,7 +54,10 @@ class Body:
 
 
 class DeviceText:
-    """Writes the statements of a region. ``chunked``: rows are gone through in chunks of ``BLOCK_COLUMNS``."""
+    """Writes the statements of a region. ``chunked``: rows are gone through in chunks of ``block_columns``."""
+
+    #: The names of a tile's sizes.
+    block_rows, block_columns = "BLOCK_ROWS", "BLOCK_COLUMNS"
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class DeviceText:
                 parts[node].append(name)
         for length, sums in sorted(loops.items()):
             for node, _, name in sums:
-                self._line(f"{name} = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), {_start(node)}, tl.float32)")
+                self._line(f"{name} = tl.full(({self.block_rows}, {self.block_columns}), {_start(node)}, tl.float32)")
             self._open_loop(length)
             for node, span, name in sums:
                 held = self._masked(node, span)
@@ -153,11 +156,11 @@ class DeviceText:
     def _open_loop(self, length: int) -> None:
         self._outer = dict(self._made)
         if self.spread is not None:
-            self._line("first = tl.program_id(1) * BLOCK_COLUMNS")
+            self._line(f"first = tl.program_id(1) * {self.block_columns}")
         else:
-            self._line(f"for first in range(0, {length}, BLOCK_COLUMNS):")
+            self._line(f"for first in range(0, {length}, {self.block_columns}):")
             self._indent += 1
-        self._line("lanes = first + tl.arange(0, BLOCK_COLUMNS)[None, :]")
+        self._line(f"lanes = first + tl.arange(0, {self.block_columns})[None, :]")
         self._line(f"inside = lanes < {length}")
         self._made["lanes", length], self._made["inside", length] = "lanes", "inside"
 

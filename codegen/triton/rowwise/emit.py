@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
-from regraft.codegen.triton.emit import POINTER_KINDS, Entry, Kernel, Origin, Parameter, digest, header, render
-from regraft.codegen.triton.rowwise.axes import COLUMN, UNIT, Labels, RowAxes, Unfusable
+from regraft.codegen.triton.emit import Kernel, Origin, render
 from regraft.codegen.triton.rowwise.configs import LONGEST_WHOLE, chunk_configs, whole_configs
-from regraft.codegen.triton.rowwise.device import DeviceText, View
-from regraft.codegen.triton.rowwise.expand import Expansion, expand
-from regraft.codegen.triton.rowwise.helpers import helper_text
-from regraft.codegen.triton.rowwise.operators import interleave
-from regraft.codegen.triton.rowwise.reference import reference_lines
-from regraft.ir.nodes import concrete, dtype, shape
+from regraft.codegen.triton.rowwise.device import DeviceText
+from regraft.codegen.triton.rowwise.expand import expand
+from regraft.codegen.triton.rowwise.file import RegionFile, memory_order
 
 _NAME = "rowwise"
 _TITLE = "A row-wise region of a graph: one program a few rows, each read once and its results written once."
@@ -48,248 +42,40 @@ def emit_region(
     the reason where no kernel holds them.
     """
     made = expand(nodes, outputs, fake_mode)
-    return RegionKernel(_Emitter(made, chunked).kernel(origins), tuple(made.inputs), tuple(outputs))
+    file = RegionFile(made)
+    return RegionKernel(_kernel(file, _device(file, chunked), origins), tuple(made.inputs), tuple(outputs))
 
 
-class _Emitter:
-    def __init__(self, made: Expansion, chunked: bool | None) -> None:
-        self.made, self.graph = made, made.graph
-        results = self.graph.output_node().args[0]
-        assert isinstance(results, (tuple, list))
-        self.results = [result for result in results if isinstance(result, fx.Node)]
-        if any(result.op == "placeholder" for result in self.results):
-            raise Unfusable("a result is what the region reads")
-        calls = [node for node in self.graph.nodes if node.op == "call_function"]
-        self.rows = RowAxes.of(calls)
-        self.axes = self._ordered_axes()
-        numbered = [f"axis_{number}" for number in range(len(self.axes))]
-        names = {1: ["row"], 2: ["batch", "row"]}.get(len(self.axes), numbered)
-        self.axis_name = dict(zip(self.axes, names, strict=True))
-        self.reads = self._reads()
-        self.writes = [View(name, node, self.rows.labels[node]) for name, node in self._output_names()]
-        reserved = [view.name for view in self.writes] + names + [f"{n}_rows" for n in self._view_names()]
-        self.text = self._device(chunked, reserved)
+def _device(file: RegionFile, chunked: bool | None) -> DeviceText:
+    def text(chunked: bool) -> DeviceText:
+        return DeviceText(file.graph, file.rows, file.names, chunked, file.reserved)
 
-    def _ordered_axes(self) -> list[int]:
-        """The row axes in the order of memory of the first result that has all; none where there is a single row."""
-        for result, node in zip(self.results, self.made.outputs, strict=True):
-            labels = self.rows.labels[result]
-            if self.rows.axes(result) == set(self.rows.sizes):
-                found = [labels[dim] for dim in memory_order(node)]
-                return [label for label in found if label is not None and label != COLUMN]
-        raise Unfusable("no result has all the rows")
-
-    def _device(self, chunked: bool | None, reserved: list[str]) -> DeviceText:
-        names = {(view.node, view.labels): view.name for view in self.reads}
-        text = DeviceText(self.graph, self.rows, names, chunked=True, reserved=reserved)
-        if chunked is None:
-            lengths = [span.length for spans in text.spans.values() for span in spans]
-            longest = max(lengths, default=0)
-            chunked = longest > LONGEST_WHOLE or (text.spread is not None and longest > _SPREAD)
-        return DeviceText(self.graph, self.rows, names, chunked, reserved)
-
-    def _reads(self) -> list[View]:
-        """What the kernel reads, each tensor once for each way in which its dims meet rows and columns."""
-        found: dict[tuple[fx.Node, Labels], View] = {}
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        for node in placeholders:
-            uses = [use for (_, read), held in self.rows.reads.items() if read is node for use in held]
-            for number, labels in enumerate(dict.fromkeys(uses)):
-                found.setdefault((node, labels), View(f"{node.name}_{number}" if number else node.name, node, labels))
-            if not uses:
-                self.made.inputs.pop(placeholders.index(node))
-                placeholders = [other for other in placeholders if other is not node]
-                self.graph.erase_node(node)
-        return list(found.values())
-
-    def _view_names(self) -> list[str]:
-        return [view.name for view in self.reads]
-
-    def _output_names(self) -> list[tuple[str, fx.Node]]:
-        if len(self.results) == 1:
-            return [("out", self.results[0])]
-        return [(f"out_{number}", result) for number, result in enumerate(self.results)]
-
-    # The file
-
-    def kernel(self, origins: tuple[Origin, ...]) -> Kernel:
-        body = self.text.write(self.writes)
-        parameters = self._parameters()
-        arguments = [node.name for node in self.graph.nodes if node.op == "placeholder"]
-        axes = [self.axis_name[axis] for axis in self.axes]
-        spread = self.text.spread
-        sizes = ("BLOCK_ROWS", "BLOCK_COLUMNS") if self.text.chunked else ("BLOCK_ROWS",)
-        configs = chunk_configs() if self.text.chunked else whole_configs(max(body.lengths, default=1))
-        returns = "Tensor" if len(self.results) == 1 else f"tuple[{', '.join(['Tensor'] * len(self.results))}]"
-        text = render(
-            "rowwise.py.j2",
-            name=f"{_NAME}_@",
-            meaning=f"Rows of a program, {'columns of a chunk, ' if self.text.chunked else ''}warps, stages",
-            configs=configs,
-            rounds=sorted(str(kind).removeprefix("torch.") for kind in body.rounds),
-            helpers=helper_text(body.helpers),
-            kernel_arguments=[parameter.name for parameter in parameters],
-            kernel_doc=self._doc(),
-            sizes=sizes,
-            index_lines=self._index_lines(),
-            pointer_lines=self._pointer_lines(),
-            body="\n".join(body.lines),
-            parameters=[f"{name}: Tensor" for name in arguments],
-            arguments=arguments,
-            returns=returns,
-            reference_lines=reference_lines(self.graph),
-            interleaves=any(node.target is interleave for node in self.graph.nodes),
-            axis_names=axes,
-            assigned=_assigned(axes),
-            row_count=" * ".join(axes) or "1",
-            axis_tuple=f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})",
-            check_lines=self._check_lines(),
-            outputs=[
-                _Output(view.name, f"    {view.name} = {self._empty(number)}")
-                for number, view in enumerate(self.writes)
-            ],
-            results=[view.name for view in self.writes],
-            config_names=[size.lower() for size in sizes],
-            grid=["triton.cdiv(row_count, block_rows)", *([f"triton.cdiv({spread}, block_columns)"] if spread else [])],
-            launch_values=self._launch_values(),
-            fake=self._fake(arguments, axes),
-        )
-        text = re.sub(r"\n{4,}", "\n\n\n", text)
-        name = f"{_NAME}_{digest(text, 8)}"
-        source = header(_TITLE, self._facts(), origins) + text.replace(f"{_NAME}_@", name)
-        return Kernel(name, source, (Entry(name, parameters, sizes, configs),), tuple(arguments))
-
-    def _doc(self) -> str:
-        rows = ", ".join(self.axis_name[axis] for axis in self.axes)
-        return f"A few of the rows [{rows}]." if rows else "The single row."
-
-    def _facts(self) -> dict[str, str]:
-        described = [f"{view.name} {self._described(view)}" for view in (*self.reads, *self.writes)]
-        return {"tensors": "; ".join(described), "rows": ", ".join(self.axis_name[axis] for axis in self.axes)}
-
-    def _described(self, view: View) -> str:
-        kind = str(dtype(view.node)).removeprefix("torch.")
-        return f"{kind} [{', '.join(self._size(view, dim) for dim in range(len(view.labels)))}]"
-
-    def _size(self, view: View, dim: int) -> str:
-        label = view.labels[dim]
-        if label is UNIT:
-            return "1"
-        return str(shape(view.node)[-1]) if label == COLUMN else self.axis_name[label]
-
-    def _parameters(self) -> tuple[Parameter, ...]:
-        found = [
-            Parameter(view.name, POINTER_KINDS[dtype(view.node)], aligned=True) for view in (*self.reads, *self.writes)
-        ]
-        found.append(Parameter("row_count", "i32"))
-        found += [Parameter(f"{self.axis_name[axis]}_size", "i32") for axis in self.axes[1:]]
-        for view in (*self.reads, *self.writes):
-            for name, _ in self._strides(view):
-                column = name.endswith("_column")
-                aligned = view.wide and shape(view.node)[-1] % 16 == 0
-                found.append(Parameter(name, "i32", 1 if column else None, aligned=aligned and not column))
-        return tuple(found)
-
-    def _strides(self, view: View) -> list[tuple[str, int]]:
-        """Stride parameters of a tensor and the dims that they belong to."""
-        dims = {label: dim for dim, label in enumerate(view.labels) if label is not None}
-        found = [(f"{view.name}_stride_{self.axis_name[axis]}", dims[axis]) for axis in self.axes if axis in dims]
-        return [*found, (f"{view.name}_stride_column", dims[COLUMN])] if COLUMN in dims else found
-
-    def _launch_values(self) -> list[str]:
-        values = []
-        for view in (*self.reads, *self.writes):
-            text = self._argument(view)
-            values.append(f"{text}.view(torch.uint8)" if dtype(view.node) == torch.bool else text)
-        values += ["row_count", *(self.axis_name[axis] for axis in self.axes[1:])]
-        for view in (*self.reads, *self.writes):
-            values += [f"{self._argument(view)}.stride({dim})" for _, dim in self._strides(view)]
-        return values
-
-    def _argument(self, view: View) -> str:
-        return view.node.name if view in self.reads else view.name
-
-    def _index_lines(self) -> list[str]:
-        if not self.axes:
-            return []
-        if len(self.axes) == 1:
-            return [f"{self.axis_name[self.axes[0]]} = rows.to(tl.int64)"]
-        lines, passed = [], ""
-        for axis in reversed(self.axes):
-            name = self.axis_name[axis]
-            text = f"rows // ({passed})" if " * " in passed else f"rows // {passed}" if passed else "rows"
-            if axis != self.axes[0]:
-                text = f"{text} % {name}_size"
-                passed = f"{name}_size * {passed}" if passed else f"{name}_size"
-            lines.append(f"{name} = ({text}).to(tl.int64)")
-        return lines
-
-    def _pointer_lines(self) -> list[str]:
-        lines = []
-        for view in (*self.reads, *self.writes):
-            terms = [
-                f"{self.axis_name[axis]} * {view.name}_stride_{self.axis_name[axis]}"
-                for axis in self.axes
-                if axis in view.labels
-            ]
-            if not terms and view in self.writes:
-                terms = ["0 * rows"]  # a single row, for each of the program's
-            if terms:
-                lines.append(f"{view.name}_rows = {' + '.join([view.name, *terms])}")
-        return lines
-
-    def _check_lines(self) -> list[str]:
-        lines = []
-        known: set[int] = set()
-        for view in self.reads:
-            fresh = {label: dim for dim, label in enumerate(view.labels) if label is not None and label != COLUMN}
-            fresh = {axis: dim for axis, dim in fresh.items() if axis not in known}
-            if fresh:
-                lines += [
-                    f"    if {view.node.name}.dim() != {len(view.labels)}:",
-                    f'        raise ValueError(f"{view.node.name} is {{tuple({view.node.name}.shape)}}: '
-                    f'expected {len(view.labels)} dims")',
-                ]
-            lines += [f"    {self.axis_name[axis]} = {view.node.name}.shape[{dim}]" for axis, dim in fresh.items()]
-            known |= set(fresh)
-        for view in self.reads:
-            sizes = ", ".join(self._size(view, dim) for dim in range(len(view.labels)))
-            sizes += "," if len(view.labels) == 1 else ""
-            lines.append(f'    expect("{view.node.name}", {view.node.name}, {dtype(view.node)}, ({sizes}))')
-        return lines
-
-    def _empty(self, number: int) -> str:
-        view, node = self.writes[number], self.made.outputs[number]
-        sizes = ", ".join(self._size(view, dim) for dim in range(len(view.labels)))
-        order = ", ".join(map(str, memory_order(node)))
-        comma = "," if len(view.labels) == 1 else ""
-        device = next(node.name for node in self.graph.nodes if node.op == "placeholder")
-        return f"empty_in_order(({sizes}{comma}), ({order}{comma}), {dtype(view.node)}, {device}.device)"
-
-    def _fake(self, arguments: list[str], axes: list[str]) -> str:
-        opening = f"    {_assigned(axes)}check({', '.join(arguments)})\n"
-        values = [self._empty(number) for number in range(len(self.writes))]
-        if len(values) == 1:
-            return f"{opening}    return {values[0]}"
-        lines = "\n".join(f"        {value}," for value in values)
-        return f"{opening}    return (\n{lines}\n    )"
+    if chunked is None:
+        tried = text(True)
+        longest = max((span.length for spans in tried.spans.values() for span in spans), default=0)
+        chunked = longest > LONGEST_WHOLE or (tried.spread is not None and longest > _SPREAD)
+    return text(chunked)
 
 
-@dataclass(frozen=True)
-class _Output:
-    name: str
-    allocation: str
+def _kernel(file: RegionFile, device: DeviceText, origins: tuple[Origin, ...]) -> Kernel:
+    body = device.write(file.writes)
+    chunked, spread = device.chunked, device.spread
+    sizes = ("BLOCK_ROWS", "BLOCK_COLUMNS") if chunked else ("BLOCK_ROWS",)
+    configs = chunk_configs() if chunked else whole_configs(max(body.lengths, default=1))
+    grid = f"triton.cdiv(row_count, block_rows), {f'triton.cdiv({spread}, block_columns)' if spread else ''}"
+    text = render(
+        "rowwise.py.j2",
+        name=f"{_NAME}_@",
+        meaning=f"Rows of a program, {'columns of a chunk, ' if chunked else ''}warps, stages",
+        configs=configs,
+        kernel_doc=file.doc(),
+        sizes=sizes,
+        config_names=[size.lower() for size in sizes],
+        grid=grid.rstrip(),
+        body="\n".join(body.lines),
+        **file.common(body),
+    )
+    return file.finish(_NAME, _TITLE, text, origins, sizes, configs)
 
 
-def _assigned(names: list[str]) -> str:
-    """The left side of an assignment of a tuple to names."""
-    return f"({names[0]},) = " if len(names) == 1 else f"{', '.join(names)} = " if names else ""
-
-
-def memory_order(node: fx.Node) -> tuple[int, ...]:
-    """The dims of a value from the outermost in memory to the innermost, as the graph lays it out."""
-    value = node.meta["val"]
-    strides = [concrete(stride) for stride in value.stride()]
-    sizes = [concrete(size) for size in value.shape]
-    order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
-    return tuple(order) if all(strides[dim] or sizes[dim] == 1 for dim in order) else tuple(range(len(strides)))
+__all__ = ["RegionKernel", "emit_region", "memory_order"]

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from regraft.codegen.triton.rowwise.axes import Unfusable
-from regraft.codegen.triton.rowwise.operators import Kind, interleave, step_of
+from regraft.codegen.triton.rowwise.operators import Kind, interleave, product, step_of
 from regraft.codegen.triton.rowwise.primitives import operator_word
 from regraft.ir import ops
 from regraft.ir.nodes import Builder, arguments, dtype, is_tensor, shape
@@ -110,7 +110,7 @@ class Calls(Builder):
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new call, named by its operator."""
         made = super().call(target, *args, **kwargs)
-        made._rename(operator_word(target) or "pairs")
+        made._rename(operator_word(target) or _NAMES.get(target, "part"))
         return made
 
     def to(self, x: fx.Node, kind: torch.dtype) -> fx.Node:
@@ -138,6 +138,10 @@ class Calls(Builder):
         if activation == "gelu_tanh":
             return self.call(aten.gelu.default, x, approximate="tanh")
         return self.call(getattr(aten, activation).default, x)
+
+
+#: What calls of our own are named, apart from the functions that emitted files define for them.
+_NAMES = {interleave: "pairs", product: "total"}
 
 
 def _reshaped(build: Calls, x: fx.Node, sizes: Sequence[Any]) -> fx.Node:
@@ -198,6 +202,18 @@ def _add_norm(build: Calls, node: fx.Node, given: dict[str, Any]) -> Made:
     if given["kind"] == "layer_norm":
         return _layer(build, total, given["weight"], given["bias"], given["eps"]), total
     return _rms(build, total, given["weight"], given["eps"], given["offset"], given["cast"]), total
+
+
+def _linear(build: Calls, node: fx.Node, given: dict[str, Any]) -> Made:
+    """``ir/ops/linear.py``: the bias is added in fp32, before the sum is rounded."""
+    x, weight, bias = (given.get(name) for name in ("x" if "x" in given else "input", "weight", "bias"))
+    total = build.call(product, x, weight)
+    if bias is not None:
+        total = build.call(aten.add.Tensor, total, build.to(bias, torch.float32))
+    out = build.activate(build.to(total, dtype(node)), given.get("activation", "none"))
+    if given.get("multiplier") is not None:
+        out = build.call(aten.mul.Tensor, out, given["multiplier"])
+    return out if given.get("residual") is None else build.call(aten.add.Tensor, out, given["residual"])
 
 
 def _glu(build: Calls, node: fx.Node, given: dict[str, Any]) -> Made:
@@ -298,6 +314,8 @@ _DEFINITIONS: dict[Any, Callable[[Calls, fx.Node, dict[str, Any]], Made]] = {
     ops.rope: _rope,
     ops.glu: _glu,
     ops.activation: _activation,
+    ops.linear: _linear,
+    aten.linear.default: _linear,
     aten.layer_norm.default: _layer_norm,
     aten.softmax.int: _softmax,
     aten._softmax.default: _softmax,

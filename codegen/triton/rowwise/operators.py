@@ -31,6 +31,11 @@ def interleave(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
     return torch.stack((even, odd), -1).flatten(-2)
 
 
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x [..., in]`` times the transposed ``weight [out, in]``, in fp32."""
+    return torch.nn.functional.linear(x.float(), weight.float())
+
+
 class Kind(Enum):
     """What a call does to dims."""
 
@@ -203,6 +208,7 @@ _SPECIAL: dict[Any, Callable[[fx.Node], Step | str]] = {
     ops.activation: _gated,
     operator.getitem: _item,
     interleave: lambda node: Step(Kind.COLUMNS, (node.args[0], node.args[1]), moves=True),  # type: ignore[arg-type]
+    product: lambda node: Step(Kind.COLUMNS, (node.args[0],), costly=True),  # type: ignore[arg-type]
 }
 
 

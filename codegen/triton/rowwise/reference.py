@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.codegen.triton.rowwise.operators import interleave
+from regraft.codegen.triton.rowwise.operators import interleave, product
 from regraft.codegen.triton.rowwise.primitives import operator_word
 from regraft.ir.nodes import arguments
 
@@ -41,6 +41,7 @@ _TEXTS = {
     aten.cat.default: "torch.cat({0}, {1})",
     aten.gelu.default: "torch.nn.functional.gelu({0}, approximate={1})",
     interleave: "interleave({0}, {1})",
+    product: "product({0}, {1})",
     **{
         getattr(aten, word).default: f"{{0}}.{word}()"
         for word in ("abs", "exp", "log", "sqrt", "rsqrt", "relu", "sigmoid", "tanh", "sin", "cos", "erf", "isnan")
