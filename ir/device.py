@@ -88,6 +88,15 @@ def find_device(target: str) -> Device:
     return DEVICES[named]
 
 
+def rated_device(target: str) -> Device:
+    """``find_device``, and this machine's processor where no rates are known: a model lowered for a GPU of no table, or
+    for one that is not here."""
+    try:
+        return find_device(target)
+    except ValueError:
+        return local_cpu()
+
+
 def local_cpu(refresh: bool = False) -> Device:
     """The processor of this machine at torch's present number of threads, measured on first use.
 

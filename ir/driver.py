@@ -53,6 +53,8 @@ class Session:
     fuel: Fuel = field(default_factory=Fuel)
     #: "each": check numbers after every application; "final" and "off": only shapes and element types.
     verify: str = "each"
+    #: What the program is lowered for: "cpu", "cuda", "cuda:sm_90".
+    target: str = "cpu"
     #: Kernel decisions that were measured before (an artifact's ``tuning.jsonl``); the lowering measures none of these.
     tuning: bytes = b""
     #: What was checked so far, in all passes.

@@ -21,6 +21,7 @@ from regraft.ir.ops.moe_dispatch import sharded_sites
 from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.transport import group_of
+from regraft.kernels import check_kernels
 
 if TYPE_CHECKING:
     from regraft.budget import Budget, Spending
@@ -63,6 +64,9 @@ def compile(
     the latter, "off" neither. ``free_original`` empties the model after compiling: its weights live on only in
     compiled code. ``toolchain`` replaces the passes and the lowering.
 
+    ``target``: "cpu", "cuda" or an architecture as "cuda:sm_90"; the model's device by default. A model on the CPU can
+    be compiled and saved for a GPU: here its kernels run as their definitions. See docs/lowering-triton.md.
+
     ``experts``: a placement plan, the path of a plan file, or a ``Sharding``. Under an initialised process group of as
     many ranks, each calls this with its own inputs and gets a model that holds its own experts only; every rank must
     make every call. Without a group the experts are permuted. See docs/placement-shard.md.
@@ -98,9 +102,17 @@ def compile(
     inputs = call_inputs(example_inputs, kwargs)
     NATIVE.start()  # built beside the capture, where it was not built before
     placement = None if experts is None else _placement(experts)
+    lowered_for = _target(model, target)
+    if spending is not None and lowered_for != "cpu":
+        raise OptionError(
+            f"a budget was given for the target {lowered_for!r}, and lossy rewrites are measured on a CPU in this "
+            "version; use target='cpu', or leave the budget out"
+        )
     chosen = toolchain or (Toolchain() if placement is None else Toolchain(pipeline=placement.pipeline))
-    options = Options(_target(model, target), dynamic, verify, toolchain=chosen, experts=placement, spending=spending)
+    options = Options(lowered_for, dynamic, verify, toolchain=chosen, experts=placement, spending=spending)
     compiled = CompiledModule(model, options, _report(type(model).__name__, options.target))
+    if _rehearses(model, options.target):
+        compiled.report.record("fallback", "the model is on the CPU: what is lowered for a GPU runs as its definition")
     if inputs is None and isinstance(model, ExportedProgram) and model.example_inputs is not None:
         inputs = model.example_inputs[0], dict(model.example_inputs[1])
     if inputs is not None:
@@ -124,14 +136,20 @@ def load(path: str | os.PathLike[str], *, trust_kernels: bool = False) -> Compil
     except ReportError as error:
         raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded: {error}") from error
     options = Options(target=_check_target(loaded.manifest.targets[0] if loaded.manifest.targets else "cpu"))
-    session = Session(log=Log(), verify="off", tuning=loaded.members.get("tuning.jsonl", b""))
+    tuning = loaded.members.get("tuning.jsonl", b"")
+    session = Session(log=Log(), verify="off", target=options.target, tuning=tuning)
     try:
         executable = options.toolchain.lower(loaded.program, session)
+        other = check_kernels(executable, loaded.manifest.members)
+    except ArtifactError as error:
+        raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded: {error}") from error
     except Exception as error:  # a graph that no capture made can fail anywhere
         raise ArtifactError(
             f"{os.fsdecode(path)} cannot be loaded: its graph cannot be lowered ({first_line(error)}); "
             "save the model again"
         ) from error
+    if other is not None:
+        report.record("relowering", other)
     compiled = CompiledModule(None, options, report)
     compiled.install(Entry(loaded.program, executable))
     return compiled
@@ -206,7 +224,8 @@ def _target(model: nn.Module | ExportedProgram, target: str | None) -> str:
         )
     device = next(iter(devices)).type if devices else "cpu"
     chosen = _check_target(target if target is not None else device)
-    if devices and chosen.partition(":")[0] != device:
+    elsewhere = devices and chosen.partition(":")[0] != device
+    if elsewhere and device != "cpu":  # on a CPU what is lowered for a GPU runs too, by its kernels' definitions
         raise TargetError(
             f"the target is {chosen!r}, and the model's weights are on {device}; move the model with "
             f"model.to({chosen.partition(':')[0]!r}), or leave target out"
@@ -214,13 +233,15 @@ def _target(model: nn.Module | ExportedProgram, target: str | None) -> str:
     return chosen
 
 
+def _rehearses(model: nn.Module | ExportedProgram, target: str) -> bool:
+    """Whether a model on the CPU is compiled for a GPU."""
+    tensors = model.state_dict.values() if isinstance(model, ExportedProgram) else _weights(model)
+    return target != "cpu" and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
 def _check_target(target: str) -> str:
     if target not in TARGETS:
         raise TargetError(f"there is no target {target!r}; the targets are {', '.join(TARGETS)}")
-    if target != "cpu":
-        raise TargetError(
-            f"the target {target!r} has no lowering in this version; use target='cpu' with a model on the CPU"
-        )
     return target
 
 

@@ -56,6 +56,10 @@ def _default_pipeline(target: str) -> Passes:
 
 
 def _default_lower(program: Program, session: Session) -> Executable:
+    if session.target != "cpu":
+        from regraft.codegen.triton.lower import lower as lower_for_gpu
+
+        return lower_for_gpu(program, session.log)
     from regraft.codegen.cpu.lower import lower
     from regraft.codegen.cpu.tuning import Tuner
 
@@ -157,11 +161,11 @@ class Entry:
                 self._picked.append((position, None))
 
 
-def copied_entry(entry: Entry, toolchain: Toolchain, memo: dict[int, Any]) -> Entry:
+def copied_entry(entry: Entry, toolchain: Toolchain, target: str, memo: dict[int, Any]) -> Entry:
     """The same code over copies of its weights, lowered anew with the kernels that were chosen before."""
     program = entry.program.copy()
     program.weights.originals = copy.deepcopy(program.weights.originals, memo)  # tied weights stay tied
-    session = Session(verify="off", tuning=getattr(entry.executable, "tuning", b""))
+    session = Session(verify="off", target=target, tuning=getattr(entry.executable, "tuning", b""))
     return Entry(program, toolchain.lower(program, session))
 
 
@@ -222,10 +226,10 @@ def build(
     example, and the drift is that of the worst. Raises whatever a pass or the lowering raises, and ``PeerError``.
     """
     before = program.copy()
-    made = _build(program, before, target, Session(verify=verify), toolchain, reference, together)
+    made = _build(program, before, target, Session(verify=verify, target=target), toolchain, reference, together)
     if made.repetitions and not made.accepted and together is None:
         _LOG.warning("the compiled output is off, and some checks stood for others: compiling again, computing all")
-        session = Session(verify=verify, checked=Checked(reused=False))
+        session = Session(verify=verify, target=target, checked=Checked(reused=False))
         made = _build(before.copy(), before, target, session, toolchain, reference, None)
     return made
 

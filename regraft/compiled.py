@@ -183,6 +183,7 @@ class CompiledModule(StandIn):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the most recently used entry as an artifact; raises ``ArtifactError``."""
         from regraft.artifact import save
+        from regraft.kernels import kernel_members
 
         if self._freed:
             raise ArtifactError(f"{path} was not saved: the original's weights were freed; save before freeing them")
@@ -192,7 +193,7 @@ class CompiledModule(StandIn):
         if len(self._entries) > 1:
             _LOG.warning("the model holds code for %d shapes; the latest is saved", len(self._entries))
         tuning = getattr(entry.executable, "tuning", b"")  # loading measures nothing, and picks the same kernels
-        members = {"tuning.jsonl": tuning} if tuning else {}
+        members = kernel_members(entry.executable) | ({"tuning.jsonl": tuning} if tuning else {})
         if self._options.experts is not None:
             members["plan.json"] = self._options.experts.sharding.plan.to_json().encode()
         save(path, entry.program, report=self.report.to_json(), target=self._options.target, members=members)
@@ -404,11 +405,11 @@ class CompiledModule(StandIn):
         """Rows by operator cost seconds on a large model, and most reports are never read."""
         if self._latest is None:
             return
-        from regraft.ir.device import find_device
+        from regraft.ir.device import rated_device
         from regraft.report.build import environment, main_dtype, operator_rows
 
         made, self._latest = self._latest, None
-        device = find_device(self._options.target)
+        device = rated_device(self._options.target)
         self._report.operators_before = operator_rows(made.before.graph, device)
         self._report.operators_after = operator_rows(made.entry.program.graph, device)
         self._report.environment = environment(device, main_dtype(made.before.graph))
@@ -426,7 +427,7 @@ class CompiledModule(StandIn):
         twin = CompiledModule(copy.deepcopy(self._source, memo), self._options, report)
         if self.original is None:
             for entry in self._entries:
-                twin.install(copied_entry(entry, self._options.toolchain, memo))
+                twin.install(copied_entry(entry, self._options.toolchain, self._options.target, memo))
         return twin
 
 

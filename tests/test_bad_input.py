@@ -110,7 +110,7 @@ def test_models_and_examples_that_do_not_fit(model: nn.Module, example: Any, par
     ("options", "kind", "parts"),
     [
         ({"target": "abacus"}, TargetError, ("'abacus'", "the targets are cpu")),
-        ({"target": "cuda:sm_90"}, TargetError, ("cuda:sm_90", "cpu")),
+        ({"target": "cuda:sm_75"}, TargetError, ("cuda:sm_75", "cpu", "cuda:sm_90")),
         ({"dynamic": "yes"}, OptionError, ("dynamic='yes'", "True")),
         ({"verify": True}, OptionError, ("verify=True", "'each', 'final', 'off'")),
     ],

@@ -345,7 +345,7 @@ def test_it_stands_for_the_original() -> None:
     ("options", "error", "message"),
     [
         ({"target": "tpu"}, TargetError, "there is no target 'tpu'; the targets are cpu, cuda"),
-        ({"target": "cuda"}, TargetError, "no lowering in this version"),
+        ({"target": "cuda:sm_75"}, TargetError, "there is no target 'cuda:sm_75'"),
         ({"verify": "often"}, OptionError, "verify='often'"),
         ({"budget": 1}, OptionError, "a int was given as the budget"),
         ({"experts": 1}, OptionError, "experts is a int"),
