@@ -96,10 +96,13 @@ def spans(
     conditions = [number for number, tensor in enumerate(tensors) if tensor.dim() and tensor.shape[-1] == 1]
     if not dense and not has_spans(predicate, conditions):
         return None
-    reader = _Reader(heads, query_length, key_length, tensors, symbols or {})
+    most = key_length + 1 if dense else MOST_SPANS  # parts may have many intervals where their conjunction has few
+    reader = _Reader(heads, query_length, key_length, tensors, symbols or {}, most)
     try:
         found = reader.read(predicate)
     except TooMany:
+        return None
+    if found.start.shape[-1] > MOST_SPANS:
         return None
     both = torch.stack(torch.broadcast_tensors(found.start, found.end))
     return both.expand(-1, -1, -1, query_length, -1).contiguous()
@@ -114,6 +117,7 @@ class _Reader:
     key_length: int
     tensors: Sequence[Tensor]
     symbols: Mapping[str, int]
+    most: int
 
     def read(self, predicate: Predicate) -> _Spans:
         match predicate:
@@ -181,7 +185,7 @@ class _Reader:
     def _trim(self, found: _Spans) -> _Spans:
         """Sorted, and without columns that no row needs. Raises ``TooMany``."""
         count = int((found.start < found.end).sum(-1).max()) if found.start.numel() else 0
-        if count > MOST_SPANS:
+        if count > self.most:
             raise TooMany
         start, end = found.start.sort(-1).values, found.end.sort(-1).values
         return _Spans(start[..., : max(count, 1)], end[..., : max(count, 1)])
@@ -215,7 +219,7 @@ class _Reader:
         place = torch.arange(offset, offset + seen.shape[-1]).expand(seen.shape)
         first, last = seen & ~before, seen & ~after
         count = int(first.sum(-1).max()) if seen.numel() else 0
-        if count > MOST_SPANS:
+        if count > self.most:
             raise TooMany
         if not count:
             return self._where(torch.zeros((*seen.shape[:-1], 1), dtype=torch.bool))
@@ -261,7 +265,7 @@ class _Reader:
         numbers, end, lengths = numbers[order], end[order], lengths[order]
         first, behind = (torch.searchsorted(numbers, rows, right=right) for right in (False, True))
         count = int((behind - first).max()) if rows.numel() else 0
-        if count > MOST_SPANS:
+        if count > self.most:
             raise TooMany
         place = first[:, None] + torch.arange(max(count, 1))
         there = place < behind[:, None]

@@ -1,0 +1,77 @@
+"""Attention without an attention sink (Gu et al., arXiv:2410.10781), and sinks made explicit."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tests.zoo.parts import HEADS, SIZE, Projections, attend, causal, join
+
+
+class SigmoidAttention(Projections):
+    """sum_j sigmoid(s_ij) v_j over j <= i, the mask a factor of 0 or 1; divided by the sum where ``normalised``."""
+
+    def __init__(self, normalised: bool = False) -> None:
+        super().__init__()
+        self.normalised = normalised
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        weights = torch.sigmoid(query @ key.mT / math.sqrt(SIZE)) * causal(x.shape[1]).to(x.dtype)
+        if self.normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-8)
+        return self.out(join(weights @ value))
+
+
+class EluAttention(Projections):
+    """The kernel elu + 1 of scores, a plain sum over the keys that are seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        scores = nn.functional.elu(query @ key.mT / math.sqrt(SIZE)) + 1
+        weights = scores.masked_fill(~causal(x.shape[1]), 0.0)
+        return self.out(join(weights @ value))
+
+
+class LinearAttention(Projections):
+    """Scores as they are, divided by max(|sum|, 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        weights = (query @ key.mT / math.sqrt(SIZE)) * causal(x.shape[1])
+        total = weights.sum(-1, keepdim=True).abs().clamp(min=1.0)
+        return self.out(join(weights / total @ value))
+
+
+class KeyBias(Projections):
+    """A learned key in front of all others, with a value of zero or a learned one; every row sees it."""
+
+    def __init__(self, with_value: bool = False) -> None:
+        super().__init__()
+        self.bias_key = nn.Parameter(torch.randn(1, HEADS, 1, SIZE))
+        self.bias_value = nn.Parameter(torch.randn(1, HEADS, 1, SIZE)) if with_value else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        batch = x.shape[0]
+        front = self.bias_key.expand(batch, -1, -1, -1)
+        held = torch.zeros_like(front) if self.bias_value is None else self.bias_value.expand(batch, -1, -1, -1)
+        seen = torch.cat([torch.ones(x.shape[1], 1, dtype=torch.bool), causal(x.shape[1])], -1)
+        return self.out(join(attend(query, torch.cat([front, key], 2), torch.cat([held, value], 2), seen)))
+
+
+class LearnedSink(Projections):
+    """A logit of each head that takes weight and gives nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        scores = (query @ key.mT / math.sqrt(SIZE)).masked_fill(~causal(x.shape[1]), -math.inf)
+        column = self.sink.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+        return self.out(join(weights @ value))
