@@ -31,6 +31,8 @@ from regraft.solvers.schedule.points import front
 
 __all__ = ["Budget", "BudgetError", "Spending", "spend"]
 
+#: The family of token schedules.
+TOKENS = "tokens"
 _LOG = logging.getLogger("regraft")
 
 
@@ -60,7 +62,9 @@ def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, veri
     recognised = exact.before.copy()
     recognising().run(recognised, Session(verify="off"))
     rehearsal = Rehearsal(recognised, finishing(target), exact.entry, model, calibration, budget)
-    found = search(rehearsal, budget, _offered(recognised, target), find_token_sites(recognised))
+    candidates = [candidate for candidate in _offered(recognised, target) if budget.allows(candidate.family)]
+    sites = find_token_sites(recognised) if budget.allows(TOKENS) else None
+    found = search(rehearsal, budget, candidates, sites)
     if found.chosen is None:
         return exact, _told(budget, found, rehearsal, None, None)
     made = _finished(exact, found.chosen, target, verify)

@@ -18,7 +18,8 @@ class Budget:
     each sample, 0 for equal outputs. ``limit``: the largest mean loss; 0 leaves the exact model. ``output`` names the
     output that is compared ("logits", "0"); without it all are, and the worst counts. ``confidence``: that the mean of
     the data which the calibration was drawn from keeps the limit. ``seconds``: how long the search may take, beside
-    compiling. ``seed`` says which batches are held out. Raises ``BudgetError`` for anything else.
+    compiling. ``seed`` says which batches are held out. ``families`` are the kinds of rewrites that may be made
+    ("tokens", "bf16", …), None for all. Raises ``BudgetError`` for anything else.
     """
 
     metric: str | MetricFunction
@@ -27,6 +28,7 @@ class Budget:
     confidence: float = 0.99
     seconds: float = 120.0
     seed: int = 0
+    families: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.metric, str) and self.metric not in METRICS:
@@ -42,6 +44,12 @@ class Budget:
             raise BudgetError(f"the confidence {self.confidence!r} was given; give a number from 0.5 to 1, 1 excluded")
         if not _is_number(self.seconds) or not 0 < self.seconds < math.inf:
             raise BudgetError(f"seconds={self.seconds!r} was given; give a number above 0")
+        if isinstance(self.families, str):
+            raise BudgetError(f"families={self.families!r} was given; give a tuple of names, as ({self.families!r},)")
+
+    def allows(self, family: str) -> bool:
+        """Whether rewrites of a family may be made."""
+        return self.families is None or family in self.families
 
     @property
     def is_rate(self) -> bool:

@@ -1,0 +1,96 @@
+"""From cuts to tables: exact where times are linear and losses follow a power, sensible between and beyond."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regraft.ir.capture import capture
+from regraft.ir.driver import Session
+from regraft.passes.budget.token_sites import TokenSites, find_token_sites
+from regraft.passes.budget.token_table import Cut, table
+from regraft.passes.pipeline import recognising
+from regraft.passes.tokens.reduce import ReduceTokens
+from regraft.solvers.schedule.tokens import TokenTable
+
+SITES = TokenSites(32, 0, {"tome": (True, True, True, False)}, (0, 2, 4, 8, 16), "model.py:1 in forward")
+EXACT, SLOPE, COST = 1.0, 0.005, 0.01
+
+
+def seconds_of(removed: tuple[int, ...]) -> float:
+    """Every layer behind a reduction saves the same for each token; a reduction costs by itself."""
+    gone, seconds = 0, EXACT
+    for number in removed:
+        gone += number
+        seconds += COST * (number > 0) - SLOPE * gone
+    return seconds
+
+
+def cut(layer: int, removed: int) -> tuple[int, ...]:
+    return tuple(removed if at == layer else 0 for at in range(4))
+
+
+@pytest.fixture
+def made() -> TokenTable:
+    timed = {Cut(layer, number): seconds_of(cut(layer, number)) for layer in (0, 2) for number in (2, 8, 16)}
+    losses = {Cut(layer, number): (layer + 1) * 1e-4 * number**2 for layer in (0, 1, 2) for number in (2, 8, 16)}
+    return table(SITES, "tome", losses, timed, EXACT)
+
+
+@pytest.mark.parametrize(
+    "removed", [(0, 0, 0, 0), (8, 0, 0, 0), (0, 4, 0, 0), (8, 8, 4, 0), (16, 8, 4, 0), (2, 2, 2, 0)]
+)
+def test_the_time_of_any_schedule_follows_from_that_of_cuts(made: TokenTable, removed: tuple[int, ...]) -> None:
+    assert made.cost(removed)[1] == pytest.approx(seconds_of(removed), rel=1e-6)
+
+
+def test_losses_follow_the_part_of_the_tokens_that_goes(made: TokenTable) -> None:
+    assert made.cost((4, 0, 0, 0))[0] == pytest.approx(16e-4)
+    assert made.cost((0, 0, 4, 0))[0] == pytest.approx(48e-4)
+    assert made.cost((16, 4, 0, 0))[0] == pytest.approx(256e-4 + 2 * 64e-4)
+
+
+def test_what_is_not_legal_or_not_possible_is_not_allowed(made: TokenTable) -> None:
+    assert np.isinf(made.cost((0, 0, 0, 2))[0])
+    assert np.isinf(made.cost((16, 16, 0, 0))[0])
+
+
+def test_a_loss_that_falls_with_more_tokens_is_noise() -> None:
+    losses = {Cut(0, 2): 1e-3, Cut(0, 16): 1e-5}
+    found = table(SITES, "tome", losses, {Cut(0, 16): 0.9}, EXACT)
+    assert found.cost(cut(0, 16))[0] >= found.cost(cut(0, 2))[0] == pytest.approx(1e-3)
+
+
+class Classifier(nn.Module):
+    """Two blocks over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.encoder(x).mean(1)
+        return out
+
+
+def test_the_sites_of_a_program_are_those_where_its_tokens_can_go() -> None:
+    program = capture(Classifier().eval(), (torch.randn(2, 16, 32),))
+    recognising().run(program, Session(verify="off"))
+    sites = find_token_sites(program)
+    assert sites is not None and (sites.tokens, sites.layers, sites.protected) == (16, 2, 0)
+    assert {"tome", "pitome"} <= set(sites.legal) and not {"grid", "prune-random", "merge-random"} & set(sites.legal)
+    assert sites.legal["tome"] == (True, True) and sites.removals == (0, 1, 2, 3, 4, 6, 8)
+    assert sites.uniform("tome", 6) == (6, 5) and not sites.is_possible("tome", (8, 8))
+    candidate = sites.candidate("tome", (4, 2))
+    assert candidate.rewrite.run(program.copy(), Session(verify="off")) == 2
+    assert candidate.rewrite == ReduceTokens((4, 2), "tome")
+
+
+def test_a_program_without_a_token_axis_or_with_few_tokens_has_no_sites() -> None:
+    for model, x in ((nn.Linear(4, 4), torch.randn(2, 4)), (Classifier(), torch.randn(2, 4, 32))):
+        program = capture(model.eval(), (x,))
+        recognising().run(program, Session(verify="off"))
+        assert find_token_sites(program) is None
