@@ -13,6 +13,7 @@ import typer
 
 from regraft.cli.bisect import bisect
 from regraft.cli.explain import explain
+from regraft.cli.kernels import kernels
 from regraft.cli.optimize import optimize
 from regraft.cli.permute import permute
 from regraft.cli.place import place
@@ -29,7 +30,7 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 refused or out of tolerance, 2 wrong usage.",
 )
 
-for command in (optimize, run_artifact, explain, profile, bisect, place, permute, record):
+for command in (optimize, run_artifact, explain, profile, bisect, place, permute, record, kernels):
     app.command(command.__name__)(command)
 
 
