@@ -35,6 +35,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_concept_has_a_page() -> None:
     concepts = {
         "artifact",
+        "budget",
         "canonical-form",
         "capture",
         "exactness",
