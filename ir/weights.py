@@ -49,6 +49,42 @@ def _zeros_like_rows(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0].new_zeros(tensors[0].shape[dim])
 
 
+def _norm_scale(statistics: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """A batch norm in eval mode as ``x * scale + shift``, in fp64."""
+    weight, bias, mean, variance = (tensor.double() for tensor in statistics)
+    scale = weight / torch.sqrt(variance + eps)
+    return scale, bias - mean * scale
+
+
+def _normed_weight(tensors: list[Tensor], eps: float, before: bool, groups: int) -> Tensor:
+    """The weight of a convolution ``[out, in / groups, …]`` with a batch norm ``before`` it or behind folded in."""
+    weight = tensors[0]
+    scale, _ = _norm_scale(tensors[1:5], eps)
+    tail = [1] * (weight.dim() - 2)
+    if not before:
+        return (weight.double() * scale.reshape(-1, 1, *tail)).to(weight.dtype)
+    grouped = weight.double().reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return (grouped * scale.reshape(groups, 1, -1, *tail)).reshape(weight.shape).to(weight.dtype)
+
+
+def _normed_bias(tensors: list[Tensor], eps: float, before: bool, groups: int) -> Tensor:
+    """The bias that belongs to ``normed_weight``."""
+    weight = tensors[0]
+    scale, shift = _norm_scale(tensors[1:5], eps)
+    bias = tensors[5].double() if len(tensors) > 5 else scale.new_zeros(weight.shape[0])
+    if not before:
+        return (bias * scale + shift).to(weight.dtype)
+    grouped = weight.double().flatten(2).sum(-1).reshape(groups, weight.shape[0] // groups, -1)
+    return (bias + (grouped * shift.reshape(groups, 1, -1)).sum(-1).reshape(-1)).to(weight.dtype)
+
+
+def _with_centre(tensors: list[Tensor]) -> Tensor:
+    """A depthwise kernel with one more at its centre: the convolution and what it reads, in one."""
+    kernel = tensors[0].clone()
+    kernel[(slice(None), slice(None), *(size // 2 for size in kernel.shape[2:]))] += 1
+    return kernel
+
+
 #: Every operation a weight may go through: name -> function of (tensors, **options).
 WEIGHT_OPS: dict[str, Callable[..., Tensor]] = {
     "concat": _concat,
@@ -58,6 +94,9 @@ WEIGHT_OPS: dict[str, Callable[..., Tensor]] = {
     "slice": _slice,
     "index": _index,
     "zero_bias": _zeros_like_rows,
+    "normed_weight": _normed_weight,
+    "normed_bias": _normed_bias,
+    "with_centre": _with_centre,
 }
 
 

@@ -10,6 +10,7 @@ from regraft.ir.rule import Rule
 from regraft.passes.base import Pass, Pipeline, RulePass
 from regraft.passes.canonicalize.cleanup import DropDeadCode, MergeCommonSubexpressions
 from regraft.passes.canonicalize.pipeline import PASSES as CANONICALIZE
+from regraft.passes.fuse.convolution import FoldNormIntoLast, FoldNormIntoNext, FoldResidualOfDepthwise
 from regraft.passes.fuse.dead_output import DropUnreadColumns, DropUnreadRows
 from regraft.passes.fuse.fold_constants import FoldConstants
 from regraft.passes.fuse.linear_epilogue import LinearActivation, LinearResidual
@@ -74,6 +75,13 @@ class DropUnread(RulePass):
 
 
 @dataclass(frozen=True)
+class FoldConvolutions(RulePass):
+    """Batch norms and residuals that become weights of the convolution beside them."""
+
+    rules: ClassVar[Sequence[Rule]] = (FoldNormIntoNext(), FoldNormIntoLast(), FoldResidualOfDepthwise())
+
+
+@dataclass(frozen=True)
 class FuseLinears(RulePass):
     """Linear layers of one input merged, epilogues joined to the layer before them."""
 
@@ -113,6 +121,7 @@ def finishing(target: str = "cpu") -> Pipeline:
     return Pipeline(
         (
             DropUnread(),
+            FoldConvolutions(),
             FuseLinearsOnCpu() if target.startswith("cpu") else FuseLinears(),
             FuseNorms(),
             FoldConstants(),

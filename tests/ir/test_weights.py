@@ -39,8 +39,20 @@ def test_operation(op: str, inputs: tuple[str, ...], options: dict[str, object],
     assert result.dtype == expected.dtype and torch.equal(result, expected)
 
 
+def test_operations_of_convolutions() -> None:
+    """A norm with eps 0, variance 4: half the input; its mean of 1 and bias of 3 shift by 2.5, through the weights."""
+    kernel, one = torch.ones(2, 1, 1, 1), torch.ones(2)
+    weights = WeightStore({"k": kernel, "w": one, "b": 3 * one, "m": one, "v": 4 * one})
+    for op, expected in (("normed_weight", 0.5 * kernel), ("normed_bias", 2.5 * one)):
+        options = {"eps": 0.0, "before": True, "groups": 2}
+        assert torch.equal(weights.get(weights.derive("new", WeightOp(op, tuple("kwbmv"), options))), expected)
+    centred = weights.get(weights.derive("new", WeightOp("with_centre", ("k",))))
+    assert torch.equal(centred, kernel + 1) and torch.equal(kernel, torch.ones(2, 1, 1, 1))
+
+
 def test_every_operation_is_covered_above() -> None:
-    assert set(WEIGHT_OPS) == {"concat", "permute", "reshape", "cast", "slice", "index", "zero_bias"}
+    simple = {"concat", "permute", "reshape", "cast", "slice", "index", "zero_bias"}
+    assert set(WEIGHT_OPS) == simple | {"normed_weight", "normed_bias", "with_centre"}
 
 
 def test_operation_survives_json() -> None:

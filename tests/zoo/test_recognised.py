@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regraft.ir import ops
 from regraft.ir.mask import parse, spans
 from tests.codegen.cpu.support import needs_native
-from tests.zoo import core_context, heads, long_short, lumos, maformer, masks, sigmoid, tokenformer, trees
+from tests.zoo import core_context, heads, long_short, lumos, maformer, masks, sigmoid, tokenformer, trees, uniformer
 from tests.zoo.compiled import Compiled, compiled, draw, seeded
 
 aten = torch.ops.aten
@@ -140,6 +140,15 @@ def test_parameter_attention_is_a_feed_forward_layer(normed_first: bool) -> None
     assert not result.attentions()
     assert result.count(aten.linear.default) + result.count(ops.linear) == 4
     assert not result.count(aten.matmul.default)
+
+
+def test_convolutions_take_their_norm_and_their_residual() -> None:
+    """UniFormer: the batch norm and the sum behind the depthwise convolution are weights."""
+    result = compiled(seeded(uniformer.Uniformer), draw(2, 32, 6, 7))
+    assert result.attentions() == [("softmax", "all")]
+    assert not result.count(aten.batch_norm.default)
+    assert result.count(aten.conv2d.default) == 4
+    assert result.count(aten.add.Tensor) == 1, "the residual of the first block alone: the last joins a linear layer"
 
 
 def test_heads_of_many_tokens_are_one_product() -> None:
