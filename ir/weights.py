@@ -81,7 +81,8 @@ def _normed_bias(tensors: list[Tensor], eps: float, before: bool, groups: int) -
 def _with_centre(tensors: list[Tensor]) -> Tensor:
     """A depthwise kernel with one more at its centre: the convolution and what it reads, in one."""
     kernel = tensors[0].clone()
-    kernel[(slice(None), slice(None), *(size // 2 for size in kernel.shape[2:]))] += 1
+    centre: list[slice | int] = [slice(None), slice(None), *(size // 2 for size in kernel.shape[2:])]
+    kernel[tuple(centre)] += 1
     return kernel
 
 

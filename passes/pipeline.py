@@ -19,6 +19,7 @@ from regraft.passes.fuse.residual_norm import FuseResidualNorm
 from regraft.passes.recognize.activation import RecognizeQuickGelu, RecognizeReluSquared, RecognizeSilu
 from regraft.passes.recognize.attention import RecognizeAttention
 from regraft.passes.recognize.attention_mapped import RecognizeMappedAttention
+from regraft.passes.recognize.attention_reversed import RecognizeReversedAttention
 from regraft.passes.recognize.count import CountSites
 from regraft.passes.recognize.gelu import RecognizeGelu, RecognizeGeluTanh
 from regraft.passes.recognize.glu import RecognizeGlu, RecognizeTorchGlu
@@ -62,6 +63,7 @@ class RecognizeBlocks(RulePass):
         RecognizeAttention(),
         RecognizeSdpa(),
         RecognizeMappedAttention(),
+        RecognizeReversedAttention(),
         RecognizeTorchGlu(),
         RecognizeGlu(),
     )

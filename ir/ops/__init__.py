@@ -3,6 +3,7 @@
 from regraft.ir.ops.activation import activation
 from regraft.ir.ops.add_norm import add_norm
 from regraft.ir.ops.attention import attention
+from regraft.ir.ops.attention_lse import attention_lse
 from regraft.ir.ops.attention_mapped import attention_mapped
 from regraft.ir.ops.attention_packed import attention_packed
 from regraft.ir.ops.glu import glu
@@ -26,6 +27,7 @@ __all__ = [
     "activation",
     "add_norm",
     "attention",
+    "attention_lse",
     "attention_mapped",
     "attention_packed",
     "glu",

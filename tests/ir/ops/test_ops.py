@@ -39,6 +39,7 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {"scale": 0.5, "mask": "keys(0)", "mask_fill": -1e4, "empty_rows": "zero", "softcap": 20.0},
     ),
+    "attention_lse": (ops.attention_lse, (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8)), {"scale": 0.5, "softcap": 9.0}),
     "attention_mapped": (
         ops.attention_mapped,
         (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), numbers(2, 2, 5, 6), [], numbers(1, 1, 1, 5), numbers(4)),
