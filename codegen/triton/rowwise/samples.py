@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,13 @@ def _sample(kind: torch.dtype, writes: Writes, *sizes: tuple[int, ...]) -> Calla
 
 
 def _emit(kind: torch.dtype, writes: Writes, sizes: tuple[tuple[int, ...], ...]) -> Kernel:
-    """The kernel of what ``writes`` writes into an empty graph."""
+    return emit_region(*written(kind, writes, sizes)).kernel
+
+
+def written(
+    kind: torch.dtype, writes: Writes, sizes: Sequence[tuple[int, ...]]
+) -> tuple[list[fx.Node], list[fx.Node], FakeTensorMode]:
+    """The calls that ``writes`` writes into an empty graph for inputs of ``sizes``, and the results that it returns."""
     graph, mode = fx.Graph(), FakeTensorMode()
     inputs = []
     for number, size in enumerate(sizes):
@@ -62,8 +68,7 @@ def _emit(kind: torch.dtype, writes: Writes, sizes: tuple[tuple[int, ...], ...])
         node.meta["val"] = value
         inputs.append(node)
     outputs = writes(Calls(graph, graph.output(()), mode), *inputs)
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    return emit_region(calls, outputs, mode).kernel
+    return [node for node in graph.nodes if node.op == "call_function"], outputs, mode
 
 
 def _parts(build: Calls, both: fx.Node) -> list[fx.Node]:
