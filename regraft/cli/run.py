@@ -9,6 +9,7 @@ import typer
 
 from regraft.cli import toolbox
 from regraft.cli.common import JsonOption, check_output, emit, guard, progress
+from regraft.cli.ranks import joined
 from regraft.cli.tensors import write_outputs
 
 
@@ -21,8 +22,9 @@ def run(
     output: Annotated[Path, typer.Option("-o", "--output", help="The safetensors file to write.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Run an artifact and write its outputs."""
-    with guard(as_json):
+    """Run an artifact and write its outputs. Under torchrun, `{rank}` in a path is the number of the rank."""
+    with guard(as_json), joined() as rank:
+        artifact, inputs, output = rank.own(artifact), rank.own(inputs), rank.own_output(output)
         check_output(output, keep=(artifact, inputs))
         args, kwargs = toolbox.read_inputs(inputs)
         with progress(f"running {artifact}", as_json):

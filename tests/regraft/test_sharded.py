@@ -15,9 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import regraft
+from regraft.cli.common import UsageFault
+from regraft.cli.ranks import Rank
 from regraft.ir.transport import GroupError
+from regraft.ir.verify import relative_l2
 from tests.passes.experts.models import HandWritten
 from tests.regraft.sharded_ranks import RANKS, RUN, replicated
 
@@ -35,16 +39,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Case -> what each rank found."""
-    script = Path(__file__).with_name("sharded_ranks.py")
+def torchrun(*command: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command as every rank."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*launch, script, folder], env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False
+    return subprocess.run(
+        [*launch, *command], env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False
     )
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Case -> what each rank found."""
+    done = torchrun(Path(__file__).with_name("sharded_ranks.py"), folder)
     said = [line for line in done.stderr.splitlines() if line.startswith("[rank")] or done.stderr.splitlines()[-60:]
     assert done.returncode == 0, "\n".join(said)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
@@ -149,3 +157,21 @@ def test_an_artifact_of_a_rank_holds_its_own_experts_and_does_not_run_alone(fold
     assert len(held) < 6 and size < 6 * expert + 100_000
     with pytest.raises(GroupError, match="no process group is initialised"):
         fast(X)
+
+
+def test_the_command_line_runs_the_artifacts_of_all_ranks(folder: Path) -> None:
+    save_file({"0": X}, folder / "x.safetensors")
+    paths = [folder / "{rank}.regraft", "--inputs", folder / "x.safetensors", "-o", folder / "y{rank}.safetensors"]
+    done = torchrun("-m", "regraft", "run", *paths)
+    assert done.returncode == 0, done.stderr
+    wanted = HandWritten().eval()(X)
+    for rank in range(RANKS):
+        (output,) = load_file(folder / f"y{rank}.safetensors").values()
+        assert relative_l2(output, wanted) <= 1e-5
+
+
+def test_ranks_need_files_of_their_own() -> None:
+    with pytest.raises(UsageFault, match="without torchrun there are no ranks"):
+        Rank().own(Path("{rank}.regraft"))
+    with pytest.raises(UsageFault, match="4 ranks would write the one file"):
+        Rank(1, 4, launched=True).own_output(Path("y.safetensors"))
