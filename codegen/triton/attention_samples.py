@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 
@@ -27,74 +27,95 @@ MASKS: dict[str, str] = {
     "lengths": "lengths(0) & band(None,0)",
     "chunks": "chunk(256)",
     "prefix": "prefix(64) | band(None,0)",
-    "half of the heads local": "band(None,0) & (heads(0,16) | band(-511,None))",
+    "half of the heads local": "band(None,0) & (heads(0,8) | band(-511,None))",
     "dense": "dense(0)",
 }
 _TREE = "prefix(key_len - query_len) | bits(0)"
 
 
+@dataclass(frozen=True)
+class AttentionSample:
+    """One attention of the catalogue: a prefill, with a ``layout`` a decode, or a merge."""
+
+    spec: AttentionSpec | MergeSpec
+    layout: KeyLayout | None = None
+
+    def emit(self) -> Kernel:
+        """Its kernel."""
+        if isinstance(self.spec, MergeSpec):
+            return emit_merge(self.spec)
+        return emit_prefill(self.spec) if self.layout is None else emit_decode(self.spec, self.layout)
+
+
 def attention_samples() -> dict[str, Callable[[], Kernel]]:
     """Emitters by name."""
-    found: dict[str, Callable[[], Kernel]] = {}
-    for dtype in (_BF16, _FP16, _FP32):
-        for dim in HEAD_DIMS if dtype != _FP16 else (64, 128):
-            spec = AttentionSpec(dtype, dim, dim, CAUSAL, empty_rows="zero")
-            found[f"prefill {dtype_name(dtype)} {dim}"] = partial(emit_prefill, spec)
-    for dim in (64, 128):
-        found[f"prefill bfloat16 {dim} dense"] = partial(emit_prefill, AttentionSpec(_BF16, dim, dim))
-    found["prefill bfloat16 192 values 128"] = partial(
-        emit_prefill, AttentionSpec(_BF16, 192, 128, CAUSAL, empty_rows="zero")
-    )
-    for name, mask in MASKS.items():
-        found[f"prefill bfloat16 128 {name}"] = partial(emit_prefill, AttentionSpec(_BF16, 128, 128, mask))
-    return {**found, **_options(), **_decode(), **_merge()}
+    return {name: sample.emit for name, sample in all_attention().items()}
 
 
-def _options() -> dict[str, Callable[[], Kernel]]:
-    """What changes scores and weights, one at a time."""
+def all_attention() -> dict[str, AttentionSample]:
+    """The samples by name: kind, element type, head_dim, and what is special."""
+    specs = {
+        f"prefill {dtype_name(dtype)} {dim}": AttentionSpec(dtype, dim, dim, CAUSAL, empty_rows="zero")
+        for dtype in (_BF16, _FP16, _FP32)
+        for dim in (HEAD_DIMS if dtype != _FP16 else (64, 128))
+    }
+    specs |= {f"prefill bfloat16 {dim} dense": AttentionSpec(_BF16, dim, dim) for dim in (64, 128)}
+    specs["prefill bfloat16 192 values 128"] = AttentionSpec(_BF16, 192, 128, CAUSAL, empty_rows="zero")
+    specs |= {f"prefill bfloat16 128 {name}": AttentionSpec(_BF16, 128, 128, mask) for name, mask in MASKS.items()}
+    return {name: AttentionSample(spec) for name, spec in (specs | _options()).items()} | _decode() | _merge()
+
+
+def _options() -> dict[str, AttentionSpec]:
+    """What changes scores and weights, one at a time; and all at once."""
     specs = {
         "padding that was a number": AttentionSpec(_BF16, 128, 128, "keys(0)", empty_rows="mean"),
         "number at masked scores": AttentionSpec(_BF16, 128, 128, CAUSAL, mask_fill=-1.0),
-        "bias": AttentionSpec(_BF16, 128, 128, bias="dense"),
         "bias of keys": AttentionSpec(_BF16, 128, 128, bias="keys"),
         "slopes": AttentionSpec(_BF16, 128, 128, CAUSAL, empty_rows="zero", slopes=True),
         "sinks, softcap, lse": AttentionSpec(_BF16, 128, 128, CAUSAL, sinks=True, softcap=True, lse=True),
     }
+    specs |= {f"bias {dim}": AttentionSpec(_BF16, dim, dim, bias="dense") for dim in (64, 128, 256)}
     pairs = [(weight, "none") for weight in WEIGHTS] + [("sigmoid", how) for how in NORMALISERS[2:]]
     specs |= {
         f"{weight}, {normaliser}": AttentionSpec(_BF16, 64, 64, CAUSAL, weight=weight, normaliser=normaliser)
         for weight, normaliser in pairs
     }
-    return {f"prefill bfloat16 {spec.head_dim} {name}": partial(emit_prefill, spec) for name, spec in specs.items()}
+    named = {
+        f"prefill bfloat16 {spec.head_dim} {name.removesuffix(f' {spec.head_dim}')}": spec
+        for name, spec in specs.items()
+    }
+    for dtype, dim in ((_BF16, 128), (_FP32, 64)):
+        every = AttentionSpec(
+            dtype, dim, dim, f"dense(0) & {CAUSAL}", bias="dense", slopes=True, sinks=True, softcap=True, lse=True
+        )
+        named[f"prefill {dtype_name(dtype)} {dim} everything"] = every
+    return named
 
 
-def _decode() -> dict[str, Callable[[], Kernel]]:
-    found: dict[str, Callable[[], Kernel]] = {}
+def _decode() -> dict[str, AttentionSample]:
+    found: dict[str, AttentionSample] = {}
     for dtype in (_BF16, _FP32):
         for dim in (64, 80, 128, 256, 512):
             spec = AttentionSpec(dtype, dim, dim, LAST, empty_rows="zero")
-            found[f"decode {dtype_name(dtype)} {dim}"] = partial(emit_decode, spec)
+            found[f"decode {dtype_name(dtype)} {dim}"] = AttentionSample(spec, CONTIGUOUS)
     plain = AttentionSpec(_BF16, 128, 128, LAST, empty_rows="zero")
-    local = AttentionSpec(_BF16, 128, 128, f"{LAST} & (heads(0,16) | band(key_len - query_len - 511,None))")
-    rest: dict[str, tuple[AttentionSpec, KeyLayout]] = {
-        "half of the heads local": (local, CONTIGUOUS),
-        "tree of drafts": (AttentionSpec(_BF16, 128, 128, _TREE), CONTIGUOUS),
-        "sinks, lse": (AttentionSpec(_BF16, 128, 128, LAST, sinks=True, lse=True), CONTIGUOUS),
-        "sigmoid": (AttentionSpec(_BF16, 128, 128, LAST, weight="sigmoid", normaliser="none"), CONTIGUOUS),
-        "pages of 16": (plain, KeyLayout("paged", 16)),
-        "pages of 64": (plain, KeyLayout("paged", 64)),
-        "listed keys": (plain, KeyLayout("indexed", 1)),
-        "listed blocks of 16": (plain, KeyLayout("indexed", 16)),
+    local = AttentionSpec(_BF16, 128, 128, f"{LAST} & (heads(0,8) | band(key_len - query_len - 511,None))")
+    sigmoid = AttentionSpec(_BF16, 128, 128, LAST, weight="sigmoid", normaliser="none")
+    rest = {
+        "half of the heads local": AttentionSample(local, CONTIGUOUS),
+        "tree of drafts": AttentionSample(AttentionSpec(_BF16, 128, 128, _TREE), CONTIGUOUS),
+        "sinks, lse": AttentionSample(AttentionSpec(_BF16, 128, 128, LAST, sinks=True, lse=True), CONTIGUOUS),
+        "bias": AttentionSample(AttentionSpec(_BF16, 128, 128, LAST, bias="dense"), CONTIGUOUS),
+        "sigmoid": AttentionSample(sigmoid, CONTIGUOUS),
+        "pages of 16": AttentionSample(plain, KeyLayout("paged", 16)),
+        "pages of 64": AttentionSample(plain, KeyLayout("paged", 64)),
+        "listed keys": AttentionSample(plain, KeyLayout("indexed", 1)),
+        "listed blocks of 16": AttentionSample(plain, KeyLayout("indexed", 16)),
     }
-    for name, (spec, layout) in rest.items():
-        found[f"decode bfloat16 128 {name}"] = partial(emit_decode, spec, layout)
-    return found
+    return found | {f"decode bfloat16 128 {name}": sample for name, sample in rest.items()}
 
 
-def _merge() -> dict[str, Callable[[], Kernel]]:
+def _merge() -> dict[str, AttentionSample]:
     specs = [MergeSpec(dtype, dim) for dtype in (_BF16, _FP32) for dim in (64, 128, 512)]
-    found: dict[str, Callable[[], Kernel]] = {
-        f"merge {dtype_name(spec.dtype)} {spec.value_dim}": partial(emit_merge, spec) for spec in specs
-    }
-    found["merge bfloat16 128 sinks"] = partial(emit_merge, MergeSpec(_BF16, 128, sinks=True))
-    return found
+    found = {f"merge {dtype_name(spec.dtype)} {spec.value_dim}": AttentionSample(spec) for spec in specs}
+    return found | {"merge bfloat16 128 sinks": AttentionSample(MergeSpec(_BF16, 128, sinks=True))}

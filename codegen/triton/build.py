@@ -93,10 +93,11 @@ def build(kernel: Kernel, entry: Entry, arch: str, config: tuple[int, ...] | Non
 
 def build_all(jobs: Sequence[tuple[Kernel, Entry, str]], executor: Executor) -> list[Build | BuildError]:
     """Builds of entries for architectures, in order; a refusal takes its build's place."""
-    return [future.result() for future in [executor.submit(_build_or_error, *job) for job in jobs]]
+    return [future.result() for future in [executor.submit(try_build, *job) for job in jobs]]
 
 
-def _build_or_error(kernel: Kernel, entry: Entry, arch: str) -> Build | BuildError:
+def try_build(kernel: Kernel, entry: Entry, arch: str) -> Build | BuildError:
+    """``build``, whose refusal is returned instead of raised: processes give it back."""
     try:
         return build(kernel, entry, arch)
     except BuildError as error:

@@ -95,7 +95,7 @@ def step(
 
 
 @triton.jit(do_not_specialize=["query_length", "kv_heads", "group", "splits", "row_count", "pages_stride_batch"])
-def attention_decode_ef3cbdcb(
+def attention_decode_4ae8c6e9(
     query,
     key,
     value,
@@ -194,7 +194,7 @@ def attention_decode_ef3cbdcb(
 
 
 @triton.jit(do_not_specialize=["row_count", "query_length", "heads", "splits"])
-def attention_decode_ef3cbdcb_combine(
+def attention_decode_4ae8c6e9_combine(
     part_acc,
     part_total,
     part_top,
@@ -260,6 +260,8 @@ def reference(
     key, value = (cache[pages.long()].transpose(1, 2).flatten(2, 3) for cache in (key, value))
     query_length = query.shape[2]
     key_length = lengths.reshape(-1, 1, 1, 1)
+    places = torch.arange(value.shape[2], device=value.device)[:, None]
+    value = value.masked_fill(places >= key_length, 0.0)  # free places may hold anything
     rows = torch.arange(query_length, device=query.device)[:, None]
     keys = torch.arange(key.shape[2], device=query.device)[None, :]
     keys_of_heads = key.repeat_interleave(group, 1).to(wide)
@@ -356,7 +358,7 @@ def launch(
     part_total = query.new_empty((splits, row_count), dtype=torch.float32)
     part_top = query.new_empty((splits, row_count), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        attention_decode_ef3cbdcb[(programs, splits)](
+        attention_decode_4ae8c6e9[(programs, splits)](
             query,
             key,
             value,
@@ -392,7 +394,7 @@ def launch(
             num_stages=stages,
             enable_fp_fusion=True,
         )
-        attention_decode_ef3cbdcb_combine[(triton.cdiv(row_count, 16),)](
+        attention_decode_4ae8c6e9_combine[(triton.cdiv(row_count, 16),)](
             part_acc,
             part_total,
             part_top,
@@ -412,7 +414,7 @@ def launch(
     return out, lse
 
 
-@torch.library.custom_op("regraft_kernels::attention_decode_ef3cbdcb", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_decode_4ae8c6e9", mutates_args=(), device_types="cpu")
 def operator(
     query: Tensor,
     key: Tensor,
