@@ -15,7 +15,8 @@ from torch import Tensor
 
 #: The rank of a token that a matching does not remove.
 NEVER = -float("inf")
-_FIRST = 1e30
+_FIRST, _BEHIND = 1e30, 2.0  # above every rank; below every cosine when taken away from one
+_PIVOTS = 8
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,48 @@ def drop(given: Candidates) -> tuple[Tensor, Tensor]:
     return rank, torch.full_like(rank, -1, dtype=torch.long)
 
 
+def diverse(given: Candidates) -> tuple[Tensor, Tensor]:
+    """Those are dropped that come last when tokens are taken one by one, each time the one whose closest among those
+    taken is farthest. The prefix is taken to begin with; without any, the token that lies farthest from all others.
+
+    After Alvar et al., "DivPrune", CVPR 2025: greedy max-min over cosine distances.
+    """
+    batch, tokens = given.free.shape
+    cosines = given.metric @ given.metric.transpose(-1, -2)
+    front = torch.arange(tokens, device=cosines.device) < given.prefix
+    if given.prefix:
+        closest = cosines.masked_fill(~front, -_FIRST).amax(-1)
+    else:
+        others = given.free[:, None, :] & ~torch.eye(tokens, dtype=torch.bool, device=cosines.device)
+        closest = cosines.masked_fill(~others, -_FIRST).amax(-1)
+    sample = torch.arange(batch, device=cosines.device)
+    left, rank = given.free.clone(), torch.full_like(closest, NEVER)
+    for number in range(tokens):
+        taken = closest.masked_fill(~left, _FIRST).argmin(-1)
+        there = left[sample, taken]
+        rank[sample, taken] = torch.where(there, float(number), rank[sample, taken])
+        left[sample, taken] = False
+        near = cosines[sample, taken].masked_fill(~there[:, None], -_FIRST)
+        closest = near if number == 0 and not given.prefix else torch.maximum(closest, near)
+    rank = rank.masked_fill(given.padded, _FIRST)
+    return rank, torch.full_like(rank, -1, dtype=torch.long)
+
+
+def distinct(given: Candidates) -> tuple[Tensor, Tensor]:
+    """Those are dropped that are most alike one of a few pivots, the tokens of the highest scores; pivots go last.
+
+    After Wen et al., "DART", 2025 (arXiv 2502.11494): duplication rather than importance.
+    """
+    assert given.scores is not None
+    place = _places(given.scores.masked_fill(~given.free, NEVER))
+    pivots = given.free & (place < _PIVOTS)
+    alike = given.metric @ given.metric.transpose(-1, -2)
+    rank = alike.masked_fill(~pivots[:, None, :], -_BEHIND).amax(-1)
+    rank = torch.where(pivots, place - (_BEHIND + _PIVOTS), rank)
+    rank = rank.masked_fill(~given.free, NEVER).masked_fill(given.padded, _FIRST)
+    return rank, torch.full_like(rank, -1, dtype=torch.long)
+
+
 def fuse(given: Candidates) -> tuple[Tensor, Tensor]:
     """The tokens of the lowest scores become one token, in the place of the most important of them.
 
@@ -108,14 +151,18 @@ MATCHINGS: dict[str, Matching] = {
     "bipartite": bipartite,
     "energy": energy,
     "drop": drop,
+    "diverse": diverse,
+    "distinct": distinct,
     "fuse": fuse,
     "grid": grid,
 }
 #: Matchings that need scores, and those that need two free tokens for each that goes.
-SCORED = frozenset(("drop", "fuse"))
+SCORED = frozenset(("drop", "distinct", "fuse"))
 PAIRED = frozenset(("bipartite", "energy", "grid"))
+#: Matchings that drop what goes: nothing merges.
+DROPPING = frozenset(("drop", "diverse", "distinct"))
 #: Matchings that can keep to "a token only merges into a later one".
-ORDERED = frozenset(("bipartite", "energy", "drop"))
+ORDERED = frozenset(("bipartite", "energy")) | DROPPING
 
 
 def _low_scores(given: Candidates) -> Tensor:

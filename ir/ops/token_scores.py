@@ -1,12 +1,18 @@
 """``regraft::token_scores``: how important each token is, read off the attention of one site.
 
 ``"cls"``: what the first token gives to each, mean over heads (Liang et al., "EViT", ICLR 2022, section 3.1).
+``"last"``: what the last token gives to each (Chen et al., "FastV", ECCV 2024); the last that is no padding.
 ``"received"``: what all tokens together give to each, the column sums of the weights, mean over heads and rows.
+``"flow"``: ``(a + b) |v|`` with ``a`` what the first token gives to each of the others, ``b`` the same from values
+instead of queries and keys without a scale, ``|v|`` the L1 norm of the mean value (Tong et al., "FlowCut", 2025).
+``"norm"``: the L2 norm of the key over all heads, by which DART picks its pivots (Wen et al., 2025, arXiv 2502.11494).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -14,38 +20,120 @@ from torch import Tensor, fx
 from regraft.ir.nodes import arguments, concrete
 from regraft.ir.ops.registry import Cost, register, traffic
 
-KINDS = ("cls", "received")
+_ROWS = 128  # of weights that are in memory at a time
 
 
-def reference(query: Tensor, key: Tensor, keep: Tensor | None, scale: float, kind: str) -> Tensor:
-    """The definition. ``query`` ``[batch, heads, tokens, head_dim]``, ``key`` ``[batch, kv_heads, tokens, head_dim]``;
-    ``keep`` ``[batch, tokens]`` is true for tokens that are no padding: others score 0 and give nothing. The result
-    is ``[batch, tokens]`` in fp32. Raises ``ValueError`` for a kind that is not known."""
-    if kind not in KINDS:
+@dataclass(frozen=True)
+class Heads:
+    """What a score reads: ``query`` ``[batch, heads, tokens, head_dim]``, ``key`` and ``value`` with as many heads, in
+    fp32; ``present`` ``[batch, tokens]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    present: Tensor
+    scale: float
+
+    def weights(self, rows: Tensor, shown: Tensor) -> Tensor:
+        """The weights ``[batch, heads, rows, tokens]`` that rows of queries give to the keys that are ``shown``."""
+        logits = rows @ self.key.transpose(-1, -2) * self.scale
+        return _softmax(logits, shown)
+
+
+def _softmax(logits: Tensor, shown: Tensor) -> Tensor:
+    """Over the tokens ``[batch, tokens]`` that are shown; zero where none is."""
+    hidden = ~shown[:, None, None, :]
+    return logits.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0.0)
+
+
+def _cls(given: Heads) -> Tensor:
+    weights = given.weights(given.query[:, :, :1], given.present).mean((1, 2))
+    return weights.masked_fill(~given.present[:, :1], 0.0)
+
+
+def _last(given: Heads) -> Tensor:
+    places = torch.arange(given.present.shape[1], device=given.present.device)
+    last = torch.where(given.present, places, 0).amax(-1)
+    rows = given.query[torch.arange(len(last), device=last.device), :, last][:, :, None]
+    return given.weights(rows, given.present).mean((1, 2))
+
+
+def _received(given: Heads) -> Tensor:
+    total = torch.zeros_like(given.query[:, 0, :, 0])
+    for start, stop in _blocks(given.query.shape[2]):
+        weights = given.weights(given.query[:, :, start:stop], given.present)
+        weights = weights.masked_fill(~given.present[:, None, start:stop, None], 0.0)
+        total = total + weights.mean(1).sum(1)
+    return total / given.present.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _blocks(rows: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, rows, _ROWS):
+        yield start, min(start + _ROWS, rows)
+
+
+def _flow(given: Heads) -> Tensor:
+    assert given.value is not None
+    others = given.present.clone()
+    others[:, 0] = False
+    relation = given.weights(given.query[:, :, :1], others).mean((1, 2))
+    meaning = _softmax(given.value[:, :, :1] @ given.value.transpose(-1, -2), others).mean((1, 2))
+    strength = given.value.mean(1).abs().sum(-1)
+    return (relation + meaning) * strength * others
+
+
+def _norm(given: Heads) -> Tensor:
+    return given.key.square().sum((1, 3)).sqrt() * given.present
+
+
+_SCORES: dict[str, Callable[[Heads], Tensor]] = {
+    "cls": _cls,
+    "last": _last,
+    "received": _received,
+    "flow": _flow,
+    "norm": _norm,
+}
+KINDS = tuple(_SCORES)
+#: Kinds that read values.
+OF_VALUES = frozenset(("flow",))
+
+
+def reference(query: Tensor, key: Tensor, keep: Tensor | None, value: Tensor | None, scale: float, kind: str) -> Tensor:
+    """The definition. ``query`` ``[batch, heads, tokens, head_dim]``, ``key`` and ``value`` ``[batch, kv_heads, tokens,
+    …]``; ``keep`` ``[batch, tokens]`` is true for tokens that are no padding: others score 0 and give nothing. The
+    result is ``[batch, tokens]`` in fp32. Raises ``ValueError`` for a kind that is not known, or lacks its values."""
+    _check(kind, value is not None)
+    batch, heads, tokens = query.shape[:3]
+    present = query.new_ones((batch, tokens), dtype=torch.bool) if keep is None else keep.bool()
+    groups = heads // key.shape[1]
+    spread = [None if part is None else part.float().repeat_interleave(groups, dim=1) for part in (key, value)]
+    assert spread[0] is not None
+    return _SCORES[kind](Heads(query.float(), spread[0], spread[1], present, scale))
+
+
+def _check(kind: str, has_values: bool) -> None:
+    if kind not in _SCORES:
         raise ValueError(f"unknown score {kind!r}; known: {', '.join(KINDS)}")
-    rows = query[:, :, :1] if kind == "cls" else query
-    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    logits = rows.float() @ keys.float().transpose(-1, -2) * scale
-    if keep is None:
-        return logits.softmax(-1).mean((1, 2))
-    present = keep.bool()
-    weights = logits.masked_fill(~present[:, None, None, :], -math.inf).softmax(-1)
-    giving = present[:, :1] if kind == "cls" else present
-    weights = weights.masked_fill(~giving[:, None, :, None], 0.0)
-    return weights.mean(1).sum(1) / giving.sum(-1, keepdim=True).clamp(min=1)
+    if kind in OF_VALUES and not has_values:
+        raise ValueError(f"the score {kind!r} is read off values, and none were given")
 
 
 @torch.library.custom_op(
     "regraft::token_scores",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor? keep=None, *, float scale, str kind) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor? keep=None, Tensor? value=None, *, float scale, str kind) -> Tensor",
 )
-def _token_scores(query: Tensor, key: Tensor, keep: Tensor | None = None, *, scale: float, kind: str) -> Tensor:
-    return reference(query, key, keep, scale, kind)
+def _token_scores(
+    query: Tensor, key: Tensor, keep: Tensor | None = None, value: Tensor | None = None, *, scale: float, kind: str
+) -> Tensor:
+    return reference(query, key, keep, value, scale, kind)
 
 
 @_token_scores.register_fake
-def _fake(query: Tensor, key: Tensor, keep: Tensor | None = None, *, scale: float, kind: str) -> Tensor:
+def _fake(
+    query: Tensor, key: Tensor, keep: Tensor | None = None, value: Tensor | None = None, *, scale: float, kind: str
+) -> Tensor:
+    _check(kind, value is not None)
     return torch.empty((query.shape[0], key.shape[2]), dtype=torch.float32, device=query.device)
 
 
@@ -54,7 +142,7 @@ def cost(node: fx.Node) -> Cost:
     given = arguments(node)
     batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
     keys = concrete(given["key"].meta["val"].shape[2])
-    read = 1 if given["kind"] == "cls" else length
+    read = {"received": length, "norm": 0, "flow": 2}.get(given["kind"], 1)
     return Cost(2.0 * batch * heads * read * keys * head_dim, traffic(node))
 
 

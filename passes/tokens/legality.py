@@ -65,10 +65,11 @@ class Legality:
         ]
 
 
-def examine(program: Program, protect: int = 0, drops: bool = False) -> Legality:
+def examine(program: Program, protect: int = 0, drops: bool = False, protect_end: int = 0) -> Legality:
     """Find where tokens of a recognised program may be reduced.
 
-    ``protect`` tokens in front stay whatever the graph says; ``drops``: the method cannot put tokens back.
+    ``protect`` tokens in front and ``protect_end`` at the end stay whatever the graph says; ``drops``: the method
+    cannot put tokens back.
     """
     found = Legality(attentions(program))
     start = next((node for node in found.attentions if isinstance(shape(node)[2], int)), None)
@@ -83,7 +84,7 @@ def examine(program: Program, protect: int = 0, drops: bool = False) -> Legality
             found.sites[node] = _site(found, node, drops)
         except Refused as refused:
             found.refused[node] = refused
-    _protect(program, found, protect)
+    _protect(program, found, protect, protect_end)
     return found
 
 
@@ -106,7 +107,7 @@ def _site(found: Legality, attention: fx.Node, drops: bool) -> Site:
         raise Refused(lost[1].reason, lost[0]) if lost else Refused("the tokens do not reach the sum", site.anchor)
     if not _is_batch(layout[0]) or layout[1] != (Span(0, walk.tokens),):
         raise Refused("the residual stream is not laid out as batch, tokens and width", site.anchor)
-    _check_mask(attention)
+    check_mask(attention)
     steps = list(found.steps(site))
     _check_gain(site, steps)
     if causal(attention) or any(causal(node) for node, step in steps if step.duty is Duty.ATTENTION):
@@ -155,8 +156,8 @@ def _why_lost(walk: Walk) -> str:
     return barriers[0] if barriers else "it does not attend to the tokens of the first attention"
 
 
-def _check_mask(attention: fx.Node) -> None:
-    """Tokens merge only where the mask says of each token by itself whether it is there."""
+def check_mask(attention: fx.Node) -> None:
+    """Tokens merge only where the mask says of each token by itself whether it is there. Raises ``Refused``."""
     for atom in _atoms(parse(arguments(attention)["mask"])):
         if isinstance(atom, Same):
             raise Refused("the attention keeps documents apart, and tokens of two documents must not merge", attention)
@@ -188,11 +189,11 @@ def causal(attention: fx.Node) -> bool:
     return any(upper is not None and Length(0).at_least(upper) for upper in bounds)
 
 
-def _protect(program: Program, found: Legality, protect: int) -> None:
+def _protect(program: Program, found: Legality, protect: int, protect_end: int) -> None:
     assert found.walk is not None
     steps = found.walk.steps.values()
     held = [found.walk.layouts[site.anchor] for site in found.sites.values()]
     width = shape(next(iter(found.sites.values())).anchor)[2] if held else 1
     constants = leading_constants(program, found.walk.tokens, width)
     found.prefix = max([protect, constants, *(step.prefix for step in steps)])
-    found.suffix = max([0, *(step.suffix for step in steps)])
+    found.suffix = max([protect_end, *(step.suffix for step in steps)])

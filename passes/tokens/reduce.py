@@ -5,17 +5,15 @@ The pass is lossy and in no default pipeline. With nothing to remove it leaves t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from regraft.ir import ops
 from regraft.ir.driver import Session
 from regraft.ir.exactness import Exactness
-from regraft.ir.nodes import Builder, arguments, is_call, shape, user_line
+from regraft.ir.nodes import Builder, shape, user_line
+from regraft.ir.ops.matchings import ORDERED
 from regraft.ir.ops.plan_merge import most_removable
 from regraft.ir.program import Program
 from regraft.ir.records import Application, Refusal
@@ -23,16 +21,12 @@ from regraft.passes.base import Pass
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.refused import Refused
 from regraft.passes.tokens.errors import ReductionError
-from regraft.passes.tokens.layout import Span, plain
-from regraft.passes.tokens.legality import Legality, causal, examine, padding_of
-from regraft.passes.tokens.masks import Reader, Side
+from regraft.passes.tokens.legality import Legality, causal, examine
 from regraft.passes.tokens.methods import METHODS, Method
+from regraft.passes.tokens.planner import Planner
 from regraft.passes.tokens.rebuild import Rebuild
 from regraft.passes.tokens.sites import Site
 from regraft.passes.tokens.stages import Stages, batch_size
-
-aten = torch.ops.aten
-_RANDOM_WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -40,16 +34,18 @@ class ReduceTokens(Pass):
     """Remove tokens behind self-attentions.
 
     ``schedule``: how many tokens go behind each self-attention, in the order of the graph (``examine`` lists them), or
-    one number for all. ``method``: a name in ``METHODS``. ``protect``: tokens in front that stay, besides those that
-    the graph shows to be special. ``seed``: of the random baselines. It runs on recognised programs, before linear
-    layers are merged. Sites that cannot be reduced are refused in the log; a number that is larger than what a site
-    can give is cut down, which the log says too. Raises ``ReductionError`` for a schedule that does not fit.
+    one number for all. ``method``: a name in ``METHODS``. ``protect`` and ``protect_end``: tokens in front and at the
+    end that stay, besides those that the graph shows to be special. ``seed``: of the random baselines. It runs on
+    recognised programs, before linear layers are merged. Sites that cannot be reduced are refused in the log; a number
+    that is larger than what a site can give is cut down, which the log says too. Raises ``ReductionError`` for a
+    schedule that does not fit.
     """
 
     schedule: tuple[int, ...] | int
     method: str = "tome"
     protect: int = 0
     seed: int = 0
+    protect_end: int = 0
 
     def run(self, program: Program, session: Session) -> int:
         method = METHODS.get(self.method)
@@ -57,30 +53,32 @@ class ReduceTokens(Pass):
             raise ReductionError(f"the method {self.method!r} is not known; known: {', '.join(METHODS)}")
         if isinstance(self.schedule, int) and self.schedule == 0:
             return 0
-        found = examine(program, self.protect, method.drops)
-        removals = self._removals(found)
-        session.log.refusals += self._refusals(found, removals)
-        wanted = {site: removals[node] for node, site in found.sites.items() if removals[node]}
+        found = examine(program, self.protect, method.drops, self.protect_end)
+        numbers = removals(self.schedule, found.attentions)
+        session.log.refusals += self._refusals(found, numbers)
+        wanted = {site: numbers[node] for node, site in found.sites.items() if numbers[node]}
         if session.fuel.left is not None:
             wanted = dict(list(wanted.items())[: max(session.fuel.left, 0)])
         return _Run(program, session, self, method, found, wanted).run() if wanted else 0
 
-    def _removals(self, found: Legality) -> dict[fx.Node, int]:
-        count = len(found.attentions)
-        numbers = (self.schedule,) * count if isinstance(self.schedule, int) else self.schedule
-        if len(numbers) != count:
-            raise ReductionError(
-                f"a schedule of {len(numbers)} numbers was given for a program with {count} self-attentions; "
-                "give one number for each, 0 where no token goes"
-            )
-        if any(number < 0 for number in numbers):
-            raise ReductionError(f"the schedule {numbers} removes a negative number of tokens; give 0 or more")
-        return dict(zip(found.attentions, numbers, strict=True))
-
-    def _refusals(self, found: Legality, removals: dict[fx.Node, int]) -> Iterator[Refusal]:
+    def _refusals(self, found: Legality, numbers: dict[fx.Node, int]) -> Iterator[Refusal]:
         for node, refused in found.refused.items():
-            if removals[node]:
+            if numbers[node]:
                 yield refusal(self.name, node, refused)
+
+
+def removals(schedule: tuple[int, ...] | int, attentions: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """How many tokens go at each self-attention. Raises ``ReductionError``."""
+    count = len(attentions)
+    numbers = (schedule,) * count if isinstance(schedule, int) else schedule
+    if len(numbers) != count:
+        raise ReductionError(
+            f"a schedule of {len(numbers)} numbers was given for a program with {count} self-attentions; "
+            "give one number for each, 0 where no token goes"
+        )
+    if any(number < 0 for number in numbers):
+        raise ReductionError(f"the schedule {numbers} removes a negative number of tokens; give 0 or more")
+    return dict(zip(attentions, numbers, strict=True))
 
 
 def refusal(name: str, site: fx.Node, refused: Refused) -> Refusal:
@@ -101,6 +99,10 @@ class _Run:
     found: Legality
     wanted: dict[Site, int]
 
+    def __post_init__(self) -> None:
+        ends = self.found.prefix, self.found.suffix
+        self.planner = Planner(self.program, self.method, self.options.seed, *ends)
+
     def run(self) -> int:
         """Rewrite; nothing stays changed where a site turns out to be refused after all."""
         walk = self.found.walk
@@ -109,6 +111,7 @@ class _Run:
         stages = Stages(walk.tokens, 0, first.meta["val"].device)
         rebuild = Rebuild(self.program, walk, stages)
         anchors = {site.anchor: site for site in self.wanted}
+        observed = {site.anchor: site for site in self.found.sites.values()} if self.method.running else {}
         made: list[tuple[Site, int]] = []
         weights_before = self.program.weight_count()
         node = first
@@ -119,6 +122,8 @@ class _Run:
                 if node in anchors:
                     removed = self._reduce(rebuild, anchors[node])
                     made += [(anchors[node], removed)] if removed else []
+                elif node in observed:
+                    self._observe(rebuild, observed[node])
             rebuild.commit()
         except Refused as refused:
             rebuild.take_back()
@@ -138,8 +143,9 @@ class _Run:
         """Plan and merge behind ``site``; returns how many tokens go."""
         stages, found = rebuild.stages, self.found
         build = rebuild.builder(site.anchor.next, site.anchor)
-        if stages.last == 0:
-            stages.batch = batch_size(build, site.anchor, rebuild.walk.layouts[site.anchor])
+        self._begin(rebuild, build, site)
+        if causal(site.attention) and self.method.matching not in ORDERED:
+            raise Refused(f"the method {self.options.method} cannot keep a causal order", site.attention)
         left = stages.left(stages.last)
         most = most_removable(left, self.method.matching, found.prefix, found.suffix)
         remove = min(self.wanted[site], most)
@@ -150,65 +156,21 @@ class _Run:
             return 0
         stage = stages.last
         x = rebuild.at(build, site.anchor, stage, rebuild.walk.layouts[site.anchor], merge=True)
-        keep = self._keep(rebuild, build, site, stage)
-        plan = build.call(
-            ops.plan_merge,
-            self._metric(rebuild, build, site, x),
-            self._scores(rebuild, build, site, keep),
-            keep,
-            remove=remove,
-            matching=self.method.matching,
-            prefix=found.prefix,
-            suffix=found.suffix,
-            causal=causal(site.attention),
-            margin=self.method.margin,
-        )
+        plan = self.planner.plan(rebuild, build, site, x, remove)
         rebuild.new[site.anchor] = stages.reduce(build, plan, x, remove, weigh=not self.method.drops)
         rebuild.stage[site.anchor] = stages.last
         return remove
 
-    def _metric(self, rebuild: Rebuild, build: Builder, site: Site, x: fx.Node) -> fx.Node:
-        if self.method.metric == "stream":
-            return x
-        if self.method.metric == "random":
-            return self._random(rebuild, build, (_RANDOM_WIDTH,))
-        key = arguments(site.attention)["key"]
-        if is_call(key, (ops.rope,)):
-            key = key.args[0]  # positions are no content
-        return build.call(aten.mean.dim, rebuild.value(key), [-3])
+    def _begin(self, rebuild: Rebuild, build: Builder, site: Site) -> None:
+        """Before anything goes, the batch size is what it is at the site."""
+        if rebuild.stages.last == 0:
+            rebuild.stages.batch = batch_size(build, site.anchor, rebuild.walk.layouts[site.anchor])
 
-    def _scores(self, rebuild: Rebuild, build: Builder, site: Site, keep: fx.Node | None) -> fx.Node | None:
-        if not self.method.score:
-            return None
-        if self.method.score == "random":
-            return self._random(rebuild, build, ())
-        given = arguments(site.attention)
-        query, key = (rebuild.value(given[name]) for name in ("query", "key"))
-        return build.call(ops.token_scores, query, key, keep, scale=given["scale"], kind=self.method.score)
-
-    def _random(self, rebuild: Rebuild, build: Builder, width: tuple[int, ...]) -> fx.Node:
-        """The same random numbers for every sample, drawn once, so that a baseline is deterministic too."""
-        stages = rebuild.stages
-        generator = torch.Generator().manual_seed(self.options.seed * 1000 + stages.last)
-        drawn: Tensor = torch.randn((1, stages.left(stages.last), *width), generator=generator)
-        node = self.program.add_constant("tokens.random", drawn.to(stages.device))
-        return build.call(aten.expand.default, node, [stages.batch, *drawn.shape[1:]])
-
-    def _keep(self, rebuild: Rebuild, build: Builder, site: Site, stage: int) -> fx.Node | None:
-        """``[batch, tokens]``: true for tokens that are no padding."""
-        said = padding_of(site.attention)
-        if said is None:
-            return None
-        stages = rebuild.stages
-        span = Span(0, stages.tokens)
-        side = Side(span, stage, stages.tokens)
-        layout = (rebuild.walk.layouts[site.anchor][0], (), *plain([stages.tokens] * 2))
-        reader = Reader(build, stages, arguments(site.attention)["mask_tensors"], layout, side, side)
-        reader.read(said)
-        present: Any = build.call(aten.reshape.default, reader.tensors[0], [-1, stages.left(stage)])
-        if present.meta["val"].dtype != torch.bool:
-            present = build.call(aten.ne.Scalar, present, 0)
-        return build.call(aten.expand.default, present, [stages.batch, stages.left(stage)])
+    def _observe(self, rebuild: Rebuild, site: Site) -> None:
+        """Let the scores of a site where no token goes count for those behind it."""
+        build = rebuild.builder(site.anchor.next, site.anchor)
+        self._begin(rebuild, build, site)
+        self.planner.observe(rebuild, build, site)
 
     def _log(self, site: Site, removed: int) -> None:
         self.session.fuel.burn()

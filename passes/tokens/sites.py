@@ -46,9 +46,15 @@ def _is_self_attention(node: fx.Node) -> bool:
 
 def projected(node: fx.Node) -> fx.Node | None:
     """What a query or key is a projection of."""
+    found = projection(node)
+    return None if found is None else found.all_input_nodes[0]
+
+
+def projection(node: fx.Node) -> fx.Node | None:
+    """The product that makes a query, key or value."""
     for _ in range(_LONGEST_WAY):
         if is_call(node, _PRODUCTS):
-            return node.all_input_nodes[0]
+            return node
         if node.op != "call_function" or not node.all_input_nodes:
             return None
         node = node.all_input_nodes[0]
@@ -57,7 +63,7 @@ def projected(node: fx.Node) -> fx.Node | None:
 
 def find_site(attention: fx.Node) -> Site:
     """The site behind an attention. Raises ``Refused``."""
-    join = _join(attention)
+    join = join_of(attention)
     while (user := _sole_reader(join)) is not None and is_call(user, _JOINS) and _alike(user, join):
         join = user
     user = _sole_reader(join)
@@ -67,8 +73,8 @@ def find_site(attention: fx.Node) -> Site:
     return Site(attention, anchor)
 
 
-def _join(attention: fx.Node) -> fx.Node:
-    """The first sum of the attention's output with something else."""
+def join_of(attention: fx.Node) -> fx.Node:
+    """The first sum of the attention's output with something else. Raises ``Refused``."""
     node = attention
     for _ in range(_LONGEST_WAY):
         user = _sole_reader(node)

@@ -179,9 +179,19 @@ class Stages:
         return build.call(aten.pad.default, rows, [0, 0, *ends]) if any(ends) else rows
 
     def _once(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        known = _hashable(key)
+        if known not in self._made:
+            self._made[known] = make()
+        return self._made[known]
+
+
+def _hashable(key: Any) -> Any:
+    """A key whose symbolic sizes are named: they cannot be hashed themselves."""
+    if isinstance(key, tuple):
+        return tuple(map(_hashable, key))
+    if isinstance(key, Batch):
+        return "batch", _hashable(key.size)
+    return str(key) if isinstance(key, torch.SymInt) else key
 
 
 def batch_size(build: Builder, node: fx.Node, layout: Layout) -> Any:

@@ -13,7 +13,7 @@ from torch import fx
 
 from regraft.ir.driver import Session
 from regraft.ir.exactness import Exactness
-from regraft.ir.mask import Keys
+from regraft.ir.mask import Everything, Keys
 from regraft.ir.nodes import arguments, is_call, is_tensor, rank, shape, sizes_equal, user_line
 from regraft.ir.pointwise import is_cast
 from regraft.ir.program import Program
@@ -110,6 +110,16 @@ class Unpad(Pass):
                 raise Refused(f"what {operand.name} holds for padding is read: {said}", node)
 
 
+def padding_mask(program: Program) -> fx.Node | None:
+    """The mask, not 0 where a token is there, of the first attention of a recognised program that has one."""
+    for site in attentions(program):
+        said = padding_of(site)
+        if isinstance(said, Keys):
+            found: fx.Node = arguments(site)["mask_tensors"][said.tensor]
+            return found
+    return None
+
+
 def _begin(site: fx.Node) -> tuple[fx.Node, fx.Node]:
     """What the first attention is a projection of, and its padding mask; the mask is known when the
     packed part begins."""
@@ -162,7 +172,10 @@ def _check(walk: Walk, mask: fx.Node) -> None:
         given = arguments(node)
         if not all(given[name] in walk.layouts for name in ("query", "key", "value")) or step.layout is None:
             raise Refused("an attention mixes tokens with others", node)
-        beside_padding(node)
+        others = beside_padding(node)
+        ends = max(step.prefix for step in walk.steps.values()) or max(step.suffix for step in walk.steps.values())
+        if ends and given["mask_fill"] is not None and not isinstance(others, Everything):
+            raise Refused("a token that may be padding is read, and hidden scores are numbers in windows", node)
         said = padding_of(node)
         if not isinstance(said, Keys) or given["mask_tensors"][said.tensor] is not mask:
             raise Refused("the attentions have different padding masks", node)

@@ -113,6 +113,11 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     ),
     "unmerge_tokens": (ops.unmerge_tokens, (numbers(1, 3, 3), torch.tensor([[0, 1, -1, 2]])), {}),
     "token_scores": (ops.token_scores, (numbers(2, 4, 5, 8), numbers(2, 2, 5, 8)), {"scale": 0.5, "kind": "received"}),
+    "token_scores of values": (
+        ops.token_scores,
+        (numbers(2, 4, 5, 8), numbers(2, 2, 5, 8), torch.ones(2, 5), numbers(2, 2, 5, 6)),
+        {"scale": 0.5, "kind": "flow"},
+    ),
     "linear with everything": (
         ops.linear,
         (numbers(2, 3, 4), numbers(5, 4), numbers(5), numbers(2, 3, 5), numbers(2, 3, 5), "gelu"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from regraft.ir import ops
-from regraft.ir.ops.matchings import MATCHINGS, PAIRED, SCORED
+from regraft.ir.ops.matchings import DROPPING, MATCHINGS, PAIRED, SCORED
 from regraft.ir.ops.plan_merge import most_removable
 from tests.ir.graphs import numbers
 
@@ -110,10 +110,10 @@ def test_sizes_sum_to_the_tokens_and_means_are_exact(matching: str) -> None:
         remembered = torch.where(remembered < 0, -1, slots.gather(1, remembered.clamp(min=0)))
     selection = torch.nn.functional.one_hot(remembered.clamp(min=0), 8).double() * (remembered >= 0)[..., None]
     assert torch.equal(sizes.double(), selection.sum(1))
-    if matching != "drop":
+    if matching not in DROPPING:
         assert sizes.sum(1).tolist() == [13, 13]
     expected = (selection.transpose(1, 2) @ x) / selection.sum(1)[..., None]
-    if matching != "drop":
+    if matching not in DROPPING:
         torch.testing.assert_close(current, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(ops.unmerge_tokens(current, remembered)[:, 0], x[:, 0])
 
@@ -155,6 +155,60 @@ def test_scores_are_the_weights_of_attention() -> None:
     received = ops.token_scores(query, key, keep, scale=0.3, kind="received").double()
     expected = torch.stack([weights[0].mean((0, 1)), weights[1, :, :3].mean((0, 1))])
     torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_row_is_that_of_the_last_token_that_is_there() -> None:
+    query, key = numbers(2, 2, 5, 4).double(), numbers(2, 2, 5, 4).double().flip(-1)
+    keep = padding([5, 3], 5)
+    weights = (query @ key.mT * 0.4).masked_fill(~keep[:, None, None], -torch.inf).softmax(-1).mean(1)
+    expected = torch.stack((weights[0, 4], weights[1, 2]))
+    found = ops.token_scores(query, key, keep, scale=0.4, kind="last")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_flow_is_relation_and_meaning_times_strength() -> None:
+    query, key, value = (numbers(2, 2, 6, 4, seed=seed).double() for seed in range(3))
+    relation = (query[:, :, :1] @ key[:, :, 1:].mT * 0.4).softmax(-1).mean((1, 2))
+    meaning = (value[:, :, :1] @ value[:, :, 1:].mT).softmax(-1).mean((1, 2))
+    strength = value.mean(1).abs().sum(-1)[:, 1:]
+    found = ops.token_scores(query, key, None, value, scale=0.4, kind="flow")
+    torch.testing.assert_close(found[:, 1:].double(), (relation + meaning) * strength, rtol=1e-5, atol=1e-6)
+    assert (found[:, 0] == 0).all()
+
+
+def test_the_norm_is_that_of_the_whole_key() -> None:
+    key = numbers(2, 3, 5, 4)
+    found = ops.token_scores(key, key, scale=1.0, kind="norm")
+    torch.testing.assert_close(found, key.transpose(1, 2).flatten(2).norm(dim=-1))
+
+
+def test_received_attention_of_many_tokens_is_added_up_in_parts() -> None:
+    query, key = numbers(1, 2, 300, 4), numbers(1, 2, 300, 4, seed=1)
+    expected = (query @ key.mT * 0.5).softmax(-1).mean((1, 2))
+    torch.testing.assert_close(ops.token_scores(query, key, scale=0.5, kind="received"), expected)
+
+
+def test_diverse_keeps_what_greedy_max_min_takes() -> None:
+    metric = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(0))
+    unit = (metric / metric.norm(dim=-1, keepdim=True))[0].double()
+    distance = 1 - unit @ unit.T
+    taken = [0]  # the protected one
+    while len(taken) < 5:
+        left = [token for token in range(12) if token not in taken]
+        taken.append(max(left, key=lambda token: float(distance[token, taken].min())))
+    kept, _, slots = ops.plan_merge(metric, remove=7, matching="diverse", prefix=1)
+    assert kept[0].tolist() == sorted(taken) and (slots == -1).sum() == 7
+
+
+def test_distinct_drops_what_is_most_alike_a_pivot() -> None:
+    metric = torch.randn(1, 40, 4, generator=torch.Generator().manual_seed(0))
+    scores = metric.norm(dim=-1)
+    pivots = scores[0].topk(8).indices
+    unit = (metric / scores[..., None])[0]
+    alike = (unit @ unit[pivots].T).amax(-1)
+    alike[pivots] = -2
+    _, sources, _ = ops.plan_merge(metric, scores, remove=10, matching="distinct")
+    assert sources[0].tolist() == sorted(alike.topk(10).indices.tolist())
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from regraft.ir import ops
 from regraft.ir.driver import Session
 from regraft.ir.program import Program
 from regraft.passes.tokens.legality import Legality, examine
 from regraft.passes.tokens.methods import METHODS
 from regraft.passes.tokens.reduce import ReduceTokens
 from regraft.passes.tokens.step import Duty, Kind
-from tests.passes.tokens.models import outputs, recognised, relative, tiny
+from tests.passes.tokens.models import outputs, recognised, relative, tiny, values
 
 WIDTH, HEADS, TOKENS = 8, 2, 12
 
@@ -222,6 +223,22 @@ def test_a_causal_program_gives_no_token_what_later_ones_are() -> None:
     assert refusal(Causal("every token").double(), x).startswith("a token put back would have seen later ones")
     program = recognised(Causal("last").double(), x)
     assert ReduceTokens((3, 0)).run(program, Session(verify="off")) == 1
+
+
+def test_tokens_of_an_image_are_dropped_from_a_prompt_and_the_text_stays() -> None:
+    """As FastV does it: by what the last token attends to, between a prefix and a text that are protected."""
+    program = recognised(Causal("last").double(), (numbers(2, TOKENS, WIDTH),))
+    assert ReduceTokens((5, 0), "prune-last", protect=2, protect_end=4).run(program, Session(verify="off")) == 1
+    kept = next(value[0] for node, value in values(program).items() if node.target is ops.plan_merge)
+    ends = {0, 1, *range(TOKENS - 4, TOKENS)}
+    assert all(ends < set(row) for row in kept.tolist()) and kept.shape[1] == TOKENS - 5
+
+
+def test_a_method_that_merges_backwards_is_refused_where_order_is_causal() -> None:
+    program = recognised(Causal("last").double(), (numbers(2, TOKENS, WIDTH),))
+    session = Session(verify="off")
+    assert ReduceTokens((3, 0), "grid").run(program, session) == 0
+    assert session.log.refusals[0].reason.startswith("the method grid cannot keep a causal order")
 
 
 def test_a_symbolic_number_of_tokens_is_refused() -> None:

@@ -139,6 +139,18 @@ class ClassToken(torch.nn.Module):
         return found
 
 
+class FirstToken(torch.nn.Module):
+    """A text model that gives its first token alone."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+        return found
+
+
 class MeanOfTokens(torch.nn.Module):
     """A text model whose tokens are averaged, padding aside, as sentence embeddings are."""
 
@@ -177,6 +189,32 @@ def test_a_mean_over_equal_words_counts_them_by_size() -> None:
     before = outputs(program)[0]
     assert reduced(program, (3, 2, 0)).log.of("reduce-tokens").fired == 2
     assert relative(outputs(program)[0], before) <= 1e-6
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_row_of_a_padded_batch_is_its_own_run(method: str) -> None:
+    given = texts((16, 11, 9))
+    dynamic = {"input_ids": {0: torch.export.Dim.AUTO}, "attention_mask": {0: torch.export.Dim.AUTO}}
+    program = recognised(FirstToken(tiny("bert")), given, dynamic)
+    assert reduced(program, (2, 2, 1), method).log.of("reduce-tokens").fired == 3
+    rows = given["input_ids"], given["attention_mask"]
+    (together,) = outputs(program, *rows)
+    for row in range(3):
+        (alone,) = outputs(program, *(value[row : row + 1] for value in rows))
+        assert relative(together[row : row + 1], alone) <= 1e-5
+
+
+def test_tokens_without_a_length_are_planned_and_merged() -> None:
+    """All pixels alike and a bias-free projection: every key is zero, and nothing divides by it."""
+    model = tiny("vit", qkv_bias=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.data.zero_()
+            module.bias.data.zero_()
+    program = recognised(model, images())
+    reduced(program)
+    keys = [value for node, value in values(program).items() if node.target is ops.plan_merge]
+    assert len(keys) == 3 and all(value.isfinite().all() for value in outputs(program))
 
 
 def test_what_is_not_a_number_stays_in_its_sample() -> None:

@@ -1,0 +1,114 @@
+"""What a plan is made from at one site: the metric, the scores and which tokens are there, as nodes of the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from regraft.ir import ops
+from regraft.ir.nodes import Builder, arguments, is_call
+from regraft.ir.ops.token_scores import OF_VALUES
+from regraft.ir.program import Program
+from regraft.passes.tokens.layout import Layout, Span, plain
+from regraft.passes.tokens.legality import causal, padding_of
+from regraft.passes.tokens.masks import Reader, Side
+from regraft.passes.tokens.methods import Method
+from regraft.passes.tokens.rebuild import Rebuild
+from regraft.passes.tokens.sites import Site
+
+aten = torch.ops.aten
+_RANDOM_WIDTH = 16
+
+
+@dataclass
+class Planner:
+    """Writes the plans of one method. ``prefix`` and ``suffix`` tokens stay; ``seed`` is that of random baselines."""
+
+    program: Program
+    method: Method
+    seed: int
+    prefix: int
+    suffix: int
+    _running: tuple[fx.Node, int] | None = None
+
+    def plan(self, rebuild: Rebuild, build: Builder, site: Site, x: fx.Node, remove: int) -> fx.Node:
+        """A plan that removes ``remove`` tokens of ``x`` ``[batch, tokens, width]``, the residual stream at a site."""
+        keep = self._keep(rebuild, build, site)
+        return build.call(
+            ops.plan_merge,
+            self._metric(rebuild, build, site, x),
+            self._scores(rebuild, build, site, keep),
+            keep,
+            remove=remove,
+            matching=self.method.matching,
+            prefix=self.prefix,
+            suffix=self.suffix,
+            causal=causal(site.attention),
+            margin=self.method.margin,
+        )
+
+    def observe(self, rebuild: Rebuild, build: Builder, site: Site) -> None:
+        """Let the scores of a site where no token goes count for those behind it."""
+        self._scores(rebuild, build, site, self._keep(rebuild, build, site))
+
+    def _metric(self, rebuild: Rebuild, build: Builder, site: Site, x: fx.Node) -> fx.Node:
+        if self.method.metric == "stream":
+            return x
+        if self.method.metric == "random":
+            return self._random(rebuild, build, (_RANDOM_WIDTH,))
+        key = arguments(site.attention)["key"]
+        if is_call(key, (ops.rope,)):
+            key = key.args[0]  # positions are no content
+        return build.call(aten.mean.dim, rebuild.value(key), [-3])
+
+    def _scores(self, rebuild: Rebuild, build: Builder, site: Site, keep: fx.Node | None) -> fx.Node | None:
+        kind = self.method.score
+        if not kind:
+            return None
+        if kind == "random":
+            return self._random(rebuild, build, ())
+        given = arguments(site.attention)
+        query, key, value = (rebuild.value(given[name]) for name in ("query", "key", "value"))
+        read = value if kind in OF_VALUES else None
+        found = build.call(ops.token_scores, query, key, keep, read, scale=given["scale"], kind=kind)
+        return self._mean_so_far(rebuild, build, site, found) if self.method.running else found
+
+    def _mean_so_far(self, rebuild: Rebuild, build: Builder, site: Site, found: fx.Node) -> fx.Node:
+        """Half the scores of this site, and half the mean of those before, read at the tokens that stay."""
+        stage = rebuild.stages.last
+        if self._running is not None:
+            before, then = self._running
+            layout: Layout = (rebuild.walk.layouts[site.anchor][0], (Span(0, rebuild.stages.tokens),))
+            before = rebuild.stages.bring(build, before, layout, (then, stage), layout, merge=False)
+            total = build.call(aten.add.Tensor, before, found)
+            found = build.call(aten.mul.Tensor, total, 0.5)
+        self._running = found, stage
+        return found
+
+    def _random(self, rebuild: Rebuild, build: Builder, width: tuple[int, ...]) -> fx.Node:
+        """The same random numbers for every sample, drawn once, so that a baseline is deterministic too."""
+        stages = rebuild.stages
+        generator = torch.Generator().manual_seed(self.seed * 1000 + stages.last)
+        drawn: Tensor = torch.randn((1, stages.left(stages.last), *width), generator=generator)
+        node = self.program.add_constant("tokens.random", drawn.to(stages.device))
+        return build.call(aten.expand.default, node, [stages.batch, *drawn.shape[1:]])
+
+    def _keep(self, rebuild: Rebuild, build: Builder, site: Site) -> fx.Node | None:
+        """``[batch, tokens]``: true for tokens that are no padding."""
+        said = padding_of(site.attention)
+        if said is None:
+            return None
+        stages = rebuild.stages
+        stage = stages.last
+        span = Span(0, stages.tokens)
+        side = Side(span, stage, stages.tokens)
+        layout = (rebuild.walk.layouts[site.anchor][0], (), *plain([stages.tokens] * 2))
+        reader = Reader(build, stages, arguments(site.attention)["mask_tensors"], layout, side, side)
+        reader.read(said)
+        present: Any = build.call(aten.reshape.default, reader.tensors[0], [-1, stages.left(stage)])
+        if present.meta["val"].dtype != torch.bool:
+            present = build.call(aten.ne.Scalar, present, 0)
+        return build.call(aten.expand.default, present, [stages.batch, stages.left(stage)])
