@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from regraft.codegen.cpu.attention import lower_attention, lower_mapped
+from regraft.codegen.cpu.attention_packed import lower_packed
 from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.executable import Executable
 from regraft.codegen.cpu.linear import lower_linear
@@ -49,6 +50,7 @@ LOWERINGS: dict[Any, Lowering] = {
     ops.add_norm: lower_add_norm,
     ops.rope: lower_rope,
     ops.glu: lower_glu,
+    ops.attention_packed: lower_packed,
     ops.plan_merge: lower_plan,
     ops.merge_tokens: lower_merge,
     ops.unmerge_tokens: lower_unmerge,

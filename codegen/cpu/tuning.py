@@ -37,6 +37,7 @@ _NO_EPILOGUE: dict[str, Any] = {
     "has_multiplier": False,
     "has_residual": False,
 }
+_NEARLY_THE_SAME = math.log(1.25)  # of rows that are measured, or lengths of attention
 _SMALL = 64  # features of the product that brings a kernel's code into the caches
 _WORTH_A_COPY = 0.97  # a packed weight must be this much faster than the plain one to be worth its memory
 _WORTH_A_CALL = 0.97  # and another library's kernel this much faster than ours, which joins its neighbours in one call
@@ -105,10 +106,22 @@ class Tuner:
 
     def _decide(self, shape: Shape, measure: Callable[[], tuple[str, dict[str, float]]]) -> str:
         key = (shape, torch.get_num_threads())
-        if key not in self.records:
+        known = self.records.get(key) or self._nearest(shape)
+        if known is None:
             kernel, seconds = measure()
-            self.records[key] = TuningRecord(shape, key[1], kernel, seconds)
-        return self.records[key].kernel
+            known = self.records[key] = TuningRecord(shape, key[1], kernel, seconds)
+        return known.kernel
+
+    def _nearest(self, shape: Shape) -> TuningRecord | None:
+        """What was measured for a shape that is nearly the same. Layers of a model whose tokens get fewer and fewer
+        would each be measured, which takes long, and each by itself, so that they would differ by chance."""
+        threads = torch.get_num_threads()
+        near = {
+            distance: record
+            for record in self.records.values()
+            if record.threads == threads and (distance := _distance(record.shape, shape)) <= _NEARLY_THE_SAME
+        }
+        return near[min(near)] if near else None
 
     def reads(self, others: Sequence[Tensor]) -> None:
         """Name the tensors that are read between measurements: a model's own weights, which cost no memory."""
@@ -128,8 +141,7 @@ class Tuner:
     def _measure_linear(self, shape: LinearShape, weight: Tensor) -> tuple[str, dict[str, float]]:
         names = applicable(shape)
         seconds: dict[str, float] = {}
-        rows = max(_MOST_PRODUCTS // max(shape.in_features * shape.out_features, 1), _ENOUGH_ROWS)
-        rows = min(shape.rows or _UNKNOWN_ROWS, rows)
+        rows = _measured_rows(shape)
         weight = weight[: max(_MOST_NUMBERS // max(shape.in_features, rows, 1), _ENOUGH_COLUMNS)]
         shape = replace(shape, rows=rows, out_features=weight.shape[0])
         if len(names) > 1:
@@ -252,3 +264,25 @@ def _interleaved(
             best[name] = min(best[name], time.perf_counter() - started)
         rounds += 1
     return {name: max(seconds - alone, 1e-9) for name, seconds in best.items()}
+
+
+def _measured_rows(shape: LinearShape) -> int:
+    """With how many rows a layer is measured."""
+    most = max(_MOST_PRODUCTS // max(shape.in_features * shape.out_features, 1), _ENOUGH_ROWS)
+    return min(shape.rows or _UNKNOWN_ROWS, most)
+
+
+def _distance(known: Shape, wanted: Shape) -> float:
+    """How far two shapes are apart that differ in rows or lengths alone, as the log of the ratio; infinite for
+    others."""
+    if isinstance(known, LinearShape) and isinstance(wanted, LinearShape):
+        alike = replace(known, rows=wanted.rows) == wanted
+        pairs = [(_measured_rows(known), _measured_rows(wanted))]
+    elif isinstance(known, AttentionShape) and isinstance(wanted, AttentionShape):
+        alike = replace(known, length=wanted.length, keys=wanted.keys) == wanted
+        pairs = [(known.length, wanted.length), (known.keys, wanted.keys)]
+    else:
+        return math.inf
+    if not alike or any(min(pair) < 1 for pair in pairs):
+        return math.inf
+    return max(abs(math.log(one / other)) for one, other in pairs)

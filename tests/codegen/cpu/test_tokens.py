@@ -7,6 +7,7 @@ import pytest
 from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.native_operators import merge_native, plan_native, unmerge_native
 from regraft.codegen.cpu.segments import run_segment
+from regraft.codegen.cpu.tuning import Tuner
 from regraft.ir.capture import capture
 from regraft.ir.driver import Session
 from regraft.passes.pipeline import default_pipeline
@@ -33,12 +34,22 @@ def test_every_method_can_be_lowered(method: str) -> None:
     assert relative(lower(program)(*program.example)[0], outputs(program)[0]) <= 1e-5
 
 
+class Native(Tuner):
+    """Takes native kernels, measured or not."""
+
+    def choose(self, *given: object) -> str:
+        return "native"
+
+    def choose_attention(self, *given: object) -> str:
+        return "native"
+
+
 @needs_native
 def test_the_reduced_encoder_is_one_run_of_native_calls() -> None:
     """What lies between native calls would cost more than a plan."""
     program = capture(tiny("vit"), (), images())
     default_pipeline("cpu", tokens=(ReduceTokens(3),)).run(program, Session(verify="off"))
-    lowered = lower(program)
+    lowered = lower(program, Native())
     targets = [node.target for node in lowered.module.graph.nodes]
     assert targets.count(plan_native) == targets.count(merge_native) == 3 and targets.count(unmerge_native) == 1
     made = lowered._function.func.__self__.graph  # type: ignore[attr-defined]

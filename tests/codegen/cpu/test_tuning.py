@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,21 @@ def test_the_fastest_kernel_is_chosen_and_measured_once(monkeypatch: pytest.Monk
     assert seen == [applicable(SHAPE)]
     tuner.choose(LinearShape(7, 4, 5, torch.float32), WEIGHT)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize(("rows", "others", "measured"), [(90, 100, 1), (70, 100, 2), (5000, 9000, 1)])
+def test_shapes_that_are_measured_nearly_alike_share_a_decision(
+    monkeypatch: pytest.MonkeyPatch, rows: int, others: int, measured: int
+) -> None:
+    """Beyond what is measured at all, the number of rows makes no difference."""
+    seen = measuring(monkeypatch, {})
+    tuner, weight = Tuner(), torch.ones(512, 512)
+    shape = LinearShape(others, 512, 512, torch.float32)
+    tuner.choose(shape, weight)
+    tuner.choose(replace(shape, rows=rows), weight)
+    assert len(seen) == measured
+    tuner.choose(replace(shape, rows=rows, activation="gelu"), weight)
+    assert len(seen) == measured + 1
 
 
 @pytest.mark.parametrize(("share", "chosen"), [(1.0, "plain"), (0.98, "plain"), (0.5, "onednn")])
