@@ -23,7 +23,7 @@ from regraft.passes.budget.neighbours import Space
 from regraft.passes.budget.offers import OFFERS
 from regraft.passes.budget.search import Found, search
 from regraft.passes.budget.token_sites import find_token_sites
-from regraft.passes.budget.trials import Tried
+from regraft.passes.budget.trials import Clock, Tried
 from regraft.passes.pipeline import default_pipeline, finishing, recognising
 from regraft.rehearsal import Rehearsal
 from regraft.report.budget import BudgetPoint, BudgetReport, Decision
@@ -57,14 +57,14 @@ def spend(spending: Spending, exact: Build, model: nn.Module, target: str, verif
 
 
 def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, verify: str) -> tuple[Build, BudgetReport]:
-    budget = spending.budget
+    budget, clock = spending.budget, Clock.after(spending.budget.seconds)
     calibration = split(list(spending.calls), exact.entry, budget.seed)
     recognised = exact.before.copy()
     recognising().run(recognised, Session(verify="off"))
     rehearsal = Rehearsal(recognised, finishing(target), exact.entry, model, calibration, budget)
     candidates = [candidate for candidate in _offered(recognised, target) if budget.allows(candidate.family)]
     sites = find_token_sites(recognised) if budget.allows(TOKENS) else None
-    found = search(rehearsal, budget, candidates, sites)
+    found = search(rehearsal, budget, candidates, sites, clock)
     if found.chosen is None:
         return exact, _told(budget, found, rehearsal, None, None)
     made = _finished(exact, found.chosen, target, verify)

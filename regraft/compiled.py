@@ -321,9 +321,11 @@ class CompiledModule(StandIn):
         started = time.perf_counter()
         made, self._report.budget = spend(spending, exact, model, self._options.target, self._options.verify)
         seconds = time.perf_counter() - started
+        if made is not exact:
+            seconds -= sum(made.phases.values())  # told on their own
+        made.phases = {**made.phases, "accuracy budget": seconds}
         if self._report.budget.refused:
             self._event("budget", f"{self._report.budget.refused}; the model is the exact one")
-        made.phases = {**made.phases, "accuracy budget": seconds - sum(made.phases.values()) * (made is not exact)}
         return made
 
     def _refuse(self, key: Hashable, reason: str, tell: bool = True) -> str:

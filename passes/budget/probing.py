@@ -16,43 +16,39 @@ from regraft.solvers.schedule.tokens import TokenTable
 
 #: A rewrite is worth offering when the model takes at most this part of the exact model's time with it everywhere.
 WORTH_IT = 0.98
-_LEVELS = (1 / 4, 1 / 2, 1 / 16)  # parts of the tokens that a cut removes, the most telling first
+_CHEAP = 0.1  # part of the limit below which a family is not taken apart: all of it hardly matters
+_LEVELS = (1 / 2, 1 / 4, 1 / 16)  # parts of the tokens that a cut removes, the most telling first
 _TIMED_LAYERS = 3
-_CALLS = 10  # of the exact model's time, that one measurement of a ratio takes with its build
-_BUILD = 1.0  # seconds
+_METHODS_TIMED = 3
+#: Parts of the time for families, the choice of a method, the losses of cuts and their times. The search has the rest.
+_FAMILIES, _METHODS, _LOSSES, _TIMES = 0.12, 0.08, 0.18, 0.12
 
 
 @dataclass
 class Measured:
-    """Candidates that are worth it, with loss and seconds saved alone; the schedule tables; what was not offered."""
+    """Candidates that are worth it, with loss and seconds saved alone; the schedule tables; what was not offered.
+    ``per_batch`` are the seconds that one batch of one composition takes to be tried."""
 
     loss: dict[Candidate, float] = field(default_factory=dict)
     saved: dict[Candidate, float] = field(default_factory=dict)
     tokens: TokenTable | None = None
     method: str = ""
     notes: list[str] = field(default_factory=list)
+    per_batch: float = 0.0
 
 
 def measure(
     trials: Trials, candidates: Sequence[Candidate], sites: TokenSites | None, limit: float, clock: Clock
 ) -> Measured:
     """Measure everything that is offered, within about half of the clock's time."""
-    found = Measured()
-    began = clock.spent
-    trials.losses((), 1)
-    per_batch = max(clock.spent - began, 1e-4)
+    probe = _Probe(trials, limit, clock)
     for family in dict.fromkeys(candidate.family for candidate in candidates):
-        _measure_family(trials, [c for c in candidates if c.family == family], limit, clock, per_batch, found)
+        probe.family([candidate for candidate in candidates if candidate.family == family])
     if sites is not None:
-        _measure_tokens(trials, sites, clock, per_batch, found)
+        probe.tokens(sites)
     elif not candidates:
-        found.notes.append("no lossy rewrite applies to this model")
-    return found
-
-
-def _batches(trials: Trials, seconds: float, evaluations: int, per_batch: float) -> int:
-    """How many batches each of some evaluations may take to fit into some seconds."""
-    return int(np.clip(seconds / (per_batch * max(evaluations, 1)), 1, trials.batches))
+        probe.found.notes.append("no lossy rewrite applies to this model")
+    return probe.found
 
 
 def strongest(candidates: Sequence[Candidate]) -> Composition:
@@ -65,98 +61,128 @@ def strongest(candidates: Sequence[Candidate]) -> Composition:
     return composed(kept)
 
 
-def _measure_family(
-    trials: Trials, own: Sequence[Candidate], limit: float, clock: Clock, per_batch: float, found: Measured
-) -> None:
-    family = own[0].family
-    together = strongest(own)
-    ratio = trials.ratio(together)
-    if not ratio <= WORTH_IT:
-        found.notes.append(_not_offered(family, ratio))
-        return
-    number = _batches(trials, 0.15 * clock.seconds, len(own), per_batch)
-    share = (1.0 - ratio) / len(together)
-    for candidate in own:
-        if not clock.part(0.4):
-            found.notes.append(f"{family}: time for measuring was over before {candidate.name}")
-            break
-        loss = mean(trials.losses((candidate,), number))
-        if not loss <= limit:
-            continue
-        alone = trials.ratio((candidate,)) if len(together) > 1 else ratio
-        # one of many saves less than the noise of a measurement: it is held between nothing and twice its share
-        saved = float(np.clip(1.0 - alone, 0.1 * share, 2.0 * share)) if math.isfinite(alone) else 0.0
-        found.loss[candidate], found.saved[candidate] = loss, saved * trials.exact_seconds
+@dataclass
+class _Probe:
+    trials: Trials
+    limit: float
+    clock: Clock
+    found: Measured = field(default_factory=Measured)
+
+    def family(self, own: Sequence[Candidate]) -> None:
+        """All of it at once, and each of it alone where that could matter."""
+        together = strongest(own)
+        ratio = self.trials.ratio(together)
+        if not ratio <= WORTH_IT:
+            self.found.notes.append(_not_offered(own[0].family, ratio))
+            return
+        share = (1.0 - ratio) * self.trials.exact_seconds / len(together)
+        everywhere = self._loss(together, 1)
+        if everywhere <= _CHEAP * self.limit or len(together) == 1 == len(own):
+            for candidate in together:
+                self._note(candidate, everywhere / len(together), share)
+            return
+        self._alone(own, share)
+
+    def _alone(self, own: Sequence[Candidate], share: float) -> None:
+        began = self.clock.spent
+        for candidate in own:
+            if self.clock.spent - began > _FAMILIES * self.clock.seconds:
+                self.found.notes.append(f"{candidate.family}: time for measuring was over before {candidate.name}")
+                return
+            loss = self._loss((candidate,), self._batches(_FAMILIES / 2, len(own)))
+            if not loss <= self.limit:
+                continue
+            ratio = self.trials.ratio((candidate,))
+            # one of many saves less than the noise of a measurement: it is held between nothing and twice its share
+            saved = (1.0 - ratio) * self.trials.exact_seconds if math.isfinite(ratio) else 0.0
+            self._note(candidate, loss, float(np.clip(saved, 0.1 * share, 2.0 * share)))
+
+    def _note(self, candidate: Candidate, loss: float, saved: float) -> None:
+        if loss <= self.limit:
+            self.found.loss[candidate], self.found.saved[candidate] = loss, saved
+
+    def tokens(self, sites: TokenSites) -> None:
+        """The method, and the tables of its schedules."""
+        method, seconds = self._best_method(sites)
+        if not method:
+            return
+        legal = [layer for layer, allowed in enumerate(sites.legal[method]) if allowed]
+        most = sites.most(method, sites.tokens)
+        levels = list(dict.fromkeys(max(1, min(most, round(part * sites.tokens))) for part in _LEVELS))
+        losses = self._losses_of_cuts(sites, method, legal, levels)
+        for cut in self._timed(legal, levels):
+            ratio = self.trials.ratio((_cut(sites, method, cut),))
+            if math.isfinite(ratio):
+                seconds[_removed(sites, cut)] = ratio * self.trials.exact_seconds
+        self.found.method = method
+        self.found.tokens = table(sites, method, losses, seconds, self.trials.exact_seconds)
+
+    def _losses_of_cuts(
+        self, sites: TokenSites, method: str, legal: Sequence[int], levels: Sequence[int]
+    ) -> dict[Cut, float]:
+        """As many levels and layers as there is time for; the table fills in what is missing."""
+        affordable = int(_LOSSES * self.clock.seconds / max(self.found.per_batch, 1e-6))
+        kept = levels if affordable >= len(legal) * len(levels) else levels[1:2] or levels
+        number = max(2, min(len(legal), affordable // len(kept)))
+        layers = sorted({legal[round(at)] for at in np.linspace(0, len(legal) - 1, number)})
+        batches = self._batches(_LOSSES, len(layers) * len(kept))
+        cuts = [Cut(layer, removed) for removed in kept for layer in layers]
+        return {cut: self._loss((_cut(sites, method, cut),), batches) for cut in cuts}
+
+    def _timed(self, legal: Sequence[int], levels: Sequence[int]) -> list[Cut]:
+        """The cuts whose time is measured: few where that takes long. First and last layers tell the most."""
+        began = self.clock.spent
+        self.trials.ratio(())
+        affordable = int(_TIMES * self.clock.seconds / max(self.clock.spent - began, 1e-6))
+        kept = levels if affordable >= 2 * len(levels) else levels[:2]
+        layers = max(1, min(_TIMED_LAYERS, len(legal), affordable // max(len(kept), 1)))
+        places = sorted({legal[round(at)] for at in np.linspace(0, len(legal) - 1, layers)})
+        return [Cut(layer, removed) for layer in places for removed in kept]
+
+    def _best_method(self, sites: TokenSites) -> tuple[str, dict[tuple[int, ...], float]]:
+        """The method that loses least when half of the tokens go evenly, among those that save time, and the time of
+        that schedule; "" where none does."""
+        step = max(1, round((sites.tokens - sites.protected) / 2 / max(sites.layers, 1)))
+        even = {method: (sites.candidate(method, sites.uniform(method, step)),) for method in sites.legal}
+        losses = {method: self._loss(even[method], self._batches(_METHODS, len(even))) for method in even}
+        ordered = sorted((m for m in losses if math.isfinite(losses[m])), key=lambda method: losses[method])
+        told = ", ".join(f"{method} {losses[method]:.1e}" for method in ordered)
+        if not ordered:
+            self.found.notes.append("tokens: not offered, because the loss is not a number when half go evenly")
+        slow: list[str] = []
+        for method in ordered[:_METHODS_TIMED]:
+            ratio = self.trials.ratio(even[method])
+            if ratio <= WORTH_IT:
+                apart = f"; no time is saved by {', '.join(slow)}" if slow else ""
+                self.found.notes.append(f"tokens: {method}; when half go evenly, the losses are {told}{apart}")
+                return method, {sites.uniform(method, step): ratio * self.trials.exact_seconds}
+            slow.append(f"{method} ({ratio:.2f} of the exact model's time)")
+        if slow:
+            said = ", ".join(slow)
+            self.found.notes.append(f"tokens: not offered, because no time is saved when half go evenly by {said}")
+        return "", {}
+
+    def _loss(self, composition: Composition, batches: int) -> float:
+        began = self.clock.spent
+        loss = mean(self.trials.losses(composition, batches))
+        self.found.per_batch = (self.clock.spent - began) / batches
+        return loss
+
+    def _batches(self, part: float, evaluations: int) -> int:
+        """How many batches each of some evaluations may take to keep a part of the time."""
+        affordable = part * self.clock.seconds / (max(self.found.per_batch, 1e-4) * max(evaluations, 1))
+        return int(np.clip(affordable, 1, self.trials.batches)) if self.found.per_batch else 1
+
+
+def _cut(sites: TokenSites, method: str, cut: Cut) -> Candidate:
+    return sites.candidate(method, _removed(sites, cut))
+
+
+def _removed(sites: TokenSites, cut: Cut) -> tuple[int, ...]:
+    return tuple(cut.removed if cut.layer == at else 0 for at in range(sites.layers))
 
 
 def _not_offered(family: str, ratio: float) -> str:
     if math.isnan(ratio):
         return f"{family}: not offered, because the rewrites could not be made"
     return f"{family}: not offered, because the model takes {ratio:.2f} of the exact model's time with it everywhere"
-
-
-def _measure_tokens(trials: Trials, sites: TokenSites, clock: Clock, per_batch: float, found: Measured) -> None:
-    method = _best_method(trials, sites, clock, per_batch, found)
-    if not method:
-        return
-    legal = [layer for layer, allowed in enumerate(sites.legal[method]) if allowed]
-    most = sites.most(method, sites.tokens)
-    levels = sorted({max(1, min(most, round(part * sites.tokens))) for part in _LEVELS})
-    evaluations = len(legal) * len(levels)
-    if evaluations * per_batch > 0.3 * clock.seconds:
-        levels = levels[-1:]
-        evaluations = len(legal)
-    number = _batches(trials, 0.25 * clock.seconds, evaluations, per_batch)
-    losses: dict[Cut, float] = {}
-    for removed in reversed(levels):
-        for layer in legal:
-            if losses and not clock.part(0.6):
-                break
-            cut = sites.candidate(method, _cut(sites, layer, removed))
-            losses[Cut(layer, removed)] = mean(trials.losses((cut,), number))
-    seconds = {
-        cut: ratio * trials.exact_seconds
-        for cut in _timed(legal, levels, trials.exact_seconds, clock)
-        if math.isfinite(ratio := trials.ratio((sites.candidate(method, _cut(sites, cut.layer, cut.removed)),)))
-    }
-    found.method, found.tokens = method, table(sites, method, losses, seconds, trials.exact_seconds)
-
-
-def _cut(sites: TokenSites, layer: int, removed: int) -> tuple[int, ...]:
-    return tuple(removed if layer == at else 0 for at in range(sites.layers))
-
-
-def _timed(legal: Sequence[int], levels: Sequence[int], exact: float, clock: Clock) -> list[Cut]:
-    """The cuts whose time is measured: few where the model is slow. First and last layers tell the most."""
-    affordable = int(0.2 * clock.seconds / (_BUILD + _CALLS * exact))
-    layers = max(1, min(_TIMED_LAYERS, len(legal), affordable // max(len(levels), 1)))
-    places = sorted({legal[round(at)] for at in np.linspace(0, len(legal) - 1, layers)})
-    kept = levels if affordable >= len(places) * len(levels) else levels[-2:]
-    return [Cut(layer, removed) for layer in places for removed in kept]
-
-
-def _best_method(trials: Trials, sites: TokenSites, clock: Clock, per_batch: float, found: Measured) -> str:
-    """The method that loses least when half of the tokens go, evenly over the layers, among those that save time."""
-    number = _batches(trials, 0.1 * clock.seconds, len(sites.legal), per_batch)
-    step = max(1, round((sites.tokens - sites.protected) / 2 / max(sites.layers, 1)))
-    losses = {
-        method: mean(trials.losses((sites.candidate(method, sites.uniform(method, step)),), number))
-        for method in sites.legal
-    }
-    if not any(map(math.isfinite, losses.values())):
-        found.notes.append("tokens: not offered, because the loss is not a number when half go evenly")
-        return ""
-    slow = []
-    for method in sorted(losses, key=lambda method: losses[method]):
-        if not math.isfinite(losses[method]):
-            continue
-        ratio = trials.ratio((sites.candidate(method, sites.uniform(method, step)),))
-        if ratio <= WORTH_IT:
-            others = ", ".join(f"{name} {value:.1e}" for name, value in losses.items() if name != method)
-            found.notes.append(f"tokens: {method} loses least when half go evenly ({losses[method]:.1e}; {others})")
-            return method
-        slow.append(f"{method} {ratio:.2f}")
-        if len(slow) == 2:  # the work of the layers is the same for all
-            break
-    found.notes.append(f"tokens: not offered, because no time is saved when half go evenly ({', '.join(slow)})")
-    return ""

@@ -23,6 +23,8 @@ from regraft.solvers.schedule.choice import Choice
 
 _LADDER = 14  # limits that the solvers are asked about
 _FINALISTS = 4
+_SEARCH, _TRIES = 0.3, 10  # the part of the time that so many tries are to take
+_FEWEST = 16  # samples of a try
 _FAILURES = 16  # neighbours of the best composition that are tried before it is taken for the best
 _RELAXED = (0.5, 0.2, 0.05)  # parts of the limit that are tried when no finalist holds on held-out data
 
@@ -42,10 +44,19 @@ class Found:
     seconds: float = 0.0
 
 
-def search(trials: Trials, budget: Budget, candidates: Sequence[Candidate], sites: TokenSites | None) -> Found:
-    """Spend ``budget`` on the candidates and the token axis. Raises ``BudgetError`` where the metric is not a number,
-    or where the data cannot show even for the exact model that it keeps the limit."""
-    clock = Clock.after(budget.seconds)
+def search(
+    trials: Trials,
+    budget: Budget,
+    candidates: Sequence[Candidate],
+    sites: TokenSites | None,
+    clock: Clock | None = None,
+) -> Found:
+    """Spend ``budget`` on the candidates and the token axis, by a clock that may be running.
+
+    Raises ``BudgetError`` where the metric is not a number, or where the data cannot show even for the exact model that
+    it keeps the limit.
+    """
+    clock = clock or Clock.after(budget.seconds)
     found = _Search(trials, budget, clock).run(candidates, sites)
     found.seconds = clock.spent
     return found
@@ -101,10 +112,17 @@ class _Search:
         key = tuple(candidate.name for candidate in composition)
         if key not in self.known:
             loss, seconds = space.predict(composition)
-            tried = Tried(composition, loss, seconds, self._estimate(self.trials.losses(composition)))
+            losses = self.trials.losses(composition, self._batches())
+            tried = Tried(composition, loss, seconds, self._estimate(losses))
             self.known[key] = tried
             self.found.tried.append(tried)
         return self.known[key]
+
+    def _batches(self) -> int:
+        """Fewer than all where there would not be time for some tries: with fewer samples, bounds are wider."""
+        affordable = _SEARCH * self.clock.seconds / (_TRIES * max(self.found.measured.per_batch, 1e-6))
+        samples = self.found.exact.samples / self.trials.batches if self.found.exact is not None else 1.0
+        return max(min(int(affordable), self.trials.batches), min(math.ceil(_FEWEST / samples), self.trials.batches))
 
     def _holds(self, tried: Tried) -> bool:
         return tried.loss is not None and tried.loss.within(self.budget.limit)

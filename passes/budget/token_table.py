@@ -1,12 +1,13 @@
 """From a few measured cuts to the tables that a token schedule is made from.
 
-A cut removes tokens behind one layer only. Its loss is what that removal loses; its time tells, beside the cut one
-layer further on, what the layer between saves. Layers between measured ones are interpolated, and so are numbers
-of tokens.
+A cut removes tokens behind one layer only; its loss is what that removal loses. Times are fitted: each token that goes
+behind a layer saves that layer's share, and each reduction costs the same. A single measurement is noisy; all of them
+together, that of an even schedule among them, are less so.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -32,28 +33,31 @@ def table(
     sites: TokenSites,
     method: str,
     losses: Mapping[Cut, float],
-    seconds: Mapping[Cut, float],
+    seconds: Mapping[tuple[int, ...], float],
     exact_seconds: float,
 ) -> TokenTable:
-    """The table of a program and a method from the losses and times of cuts. Layers of which no cut was measured allow
-    no removal where their losses are concerned, and are interpolated where their times are."""
-    removals = tuple(number for number in sites.removals)
+    """The table of a program and a method from the losses of cuts and the times of schedules. A layer of which no cut
+    was measured has the losses of the nearest one, and what a token saves there lies between those around it."""
+    removals = sites.removals
     loss = np.full((sites.layers, sites.tokens + 1, len(removals)), np.inf)
     loss[:, :, 0] = 0.0
+    finite = {cut: value for cut, value in losses.items() if np.isfinite(value)}
+    measured = sorted({cut.layer for cut in finite})
     for layer, legal in enumerate(sites.legal[method]):
-        known = {cut.removed: value for cut, value in losses.items() if cut.layer == layer and np.isfinite(value)}
-        if not legal or not known:
+        if not legal or not measured:
             continue
-        of = _power_law(known)
+        nearest = measured[int(np.abs(np.array(measured) - layer).argmin())]
+        of = _power_law({cut.removed: value for cut, value in finite.items() if cut.layer == nearest})
         for left in range(1, sites.tokens + 1):
             most = sites.most(method, left)
             for choice, removed in enumerate(removals):
                 if 0 < removed <= most:  # of fewer tokens the same number is a larger part
                     loss[layer, left, choice] = of(removed * sites.tokens / left)
-    saved, overhead = _savings(sites, seconds, exact_seconds)
-    per_layer = exact_seconds / max(sites.layers, 1)
-    own = np.maximum(per_layer - (saved - np.vstack([saved[1:], np.zeros(sites.tokens + 1)])), 0.0)
-    return TokenTable(removals, own, overhead, loss, exact_seconds - per_layer * sites.layers)
+    saved, cost = _fitted(seconds, exact_seconds)
+    per_layer = exact_seconds / sites.layers
+    behind = saved - np.append(saved[1:], 0.0)  # what each token saves up to the next reduction
+    own = per_layer - behind[:, None] * (sites.tokens - np.arange(sites.tokens + 1.0))
+    return TokenTable(removals, np.maximum(own, 0.0), np.full(sites.layers, cost), loss, 0.0)
 
 
 def _power_law(known: Mapping[int, float]) -> Callable[[float], float]:
@@ -73,40 +77,30 @@ def _power_law(known: Mapping[int, float]) -> Callable[[float], float]:
     return loss
 
 
-def _savings(sites: TokenSites, seconds: Mapping[Cut, float], exact: float) -> tuple[Array, Array]:
-    """``saved[layer, left]``: what all layers from ``layer`` on save with ``left`` tokens, ``[layers, tokens + 1]``;
-    and what a reduction costs by itself, ``[layers]``."""
-    counts = sites.tokens - np.arange(sites.tokens + 1.0)
-    rows: dict[int, Array] = {}
-    costs: dict[int, float] = {}
-    for layer in sorted({cut.layer for cut in seconds}):
-        points = sorted((cut.removed, exact - value) for cut, value in seconds.items() if cut.layer == layer)
-        slope, cost = _line(points)
-        costs[layer] = cost
-        rows[layer] = _through([(0, 0.0), *((removed, saved + cost) for removed, saved in points)], slope, counts)
-    layers = np.arange(sites.layers)
-    known = sorted(rows)
-    if not known:
-        return np.zeros((sites.layers, sites.tokens + 1)), np.zeros(sites.layers)
-    ends = [*known, sites.layers] if known[-1] < sites.layers else known
-    held = np.stack([*(rows[layer] for layer in known), np.zeros(sites.tokens + 1)][: len(ends)])
-    saved = np.stack([np.interp(layers, ends, held[:, left]) for left in range(sites.tokens + 1)], axis=1)
-    return saved, np.interp(layers, known, [costs[layer] for layer in known])
+def _fitted(seconds: Mapping[tuple[int, ...], float], exact: float) -> tuple[Array, float]:
+    """The seconds that a token saves which goes behind each layer, ``[layers]``, and what a reduction costs: the least
+    squares over all schedules that were timed, none of them negative."""
+    schedules = np.array(list(seconds), float)
+    layers = schedules.shape[1]
+    alone = schedules[(schedules > 0).sum(1) == 1]
+    known = sorted({int(row.argmax()) for row in alone}) or [0]
+    knots = [*known, layers] if known[-1] < layers - 1 else known  # behind the last layer there is nothing to save
+    spread = np.stack([np.interp(range(layers), knots, np.eye(len(knots))[place]) for place in range(len(known))])
+    rows = np.column_stack([schedules @ spread.T, -(schedules > 0).sum(1)])
+    found = _not_negative(rows, exact - np.array(list(seconds.values())))
+    return found[:-1] @ spread, float(found[-1])
 
 
-def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
-    """Seconds saved by each token removed, and the cost of a reduction by itself: the least squares line."""
-    removed, saved = np.array([p[0] for p in points], float), np.array([p[1] for p in points])
-    if len(points) < 2:
-        return max(float(saved[0] / removed[0]), 0.0), 0.0
-    slope, start = np.polyfit(removed, saved, 1)
-    return max(float(slope), 0.0), max(-float(start), 0.0)
-
-
-def _through(points: list[tuple[int, float]], slope: float, counts: Array) -> Array:
-    """What is saved at each of ``counts`` removed: measured points joined, never less for more, and beyond them on."""
-    removed = np.array([p[0] for p in points], float)
-    saved = np.maximum.accumulate([p[1] for p in points])
-    inside: Array = np.interp(counts, removed, saved)
-    beyond: Array = slope * np.maximum(counts - removed[-1], 0.0)
-    return np.add(inside, beyond)
+def _not_negative(rows: Array, values: Array) -> Array:
+    """The least squares solution without negative parts: of every choice of parts that are zero the best. Few parts."""
+    count, best, least = rows.shape[1], np.zeros(rows.shape[1]), float((values**2).sum())
+    for chosen in itertools.product((False, True), repeat=count):
+        part = np.array(chosen)
+        if not part.any():
+            continue
+        found = np.zeros(count)
+        found[part] = np.linalg.lstsq(rows[:, part], values, rcond=None)[0]
+        error = float(((rows @ found - values) ** 2).sum())
+        if (found >= 0).all() and error < least:
+            best, least = found, error
+    return best
