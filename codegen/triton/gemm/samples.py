@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import fx
 
 from regraft.codegen.triton.emit import Kernel, dtype_name
 from regraft.codegen.triton.gemm.emit import emit_product
+from regraft.codegen.triton.gemm.experts import emit_experts
+from regraft.codegen.triton.gemm.experts_spec import ExpertsSpec
 from regraft.codegen.triton.rowwise.expand import Calls
 from regraft.codegen.triton.rowwise.samples import Writes, written
 from regraft.ir import ops
@@ -32,6 +35,34 @@ def product_samples() -> dict[str, Callable[[], Kernel]]:
         found[f"norm of scores, gelu, linear {name}"] = _sample(kind, _token_parameters, rows, (768, 4096))
     found["rms norm, gate and up bfloat16"] = _sample(_BF16, _normed_gate, rows, (4096,), (28672, 4096))
     return found
+
+
+def experts_samples() -> dict[str, Callable[[], Kernel]]:
+    """Emitters by name: experts of Mixtral's, DeepSeek-V3's and gpt-oss's sizes, and few wide ones without a gate."""
+    mixtral = ExpertsSpec(_BF16, _BF16, experts=8, hidden=4096, intermediate=14336)
+    specs = {
+        "8 of 14336, gate and up": mixtral,
+        "8 of 14336, gate and up float16": replace(mixtral, dtype=_FP16, routing=_FP16),
+        "8 of 14336, gate and up float32": replace(mixtral, dtype=_FP32, routing=_FP32),
+        "256 of 2048, routed in fp32": ExpertsSpec(_BF16, _FP32, experts=256, hidden=7168, intermediate=2048),
+        "32 of 2880, interleaved, biases": ExpertsSpec(
+            _BF16,
+            _BF16,
+            experts=32,
+            hidden=2880,
+            intermediate=2880,
+            layout="interleaved",
+            activation="swish",
+            transposed=True,
+            first_bias=True,
+            down_bias=True,
+            alpha=1.702,
+            limit=7.0,
+            up_offset=1.0,
+        ),
+        "8 of 3072, gelu": ExpertsSpec(_BF16, _BF16, 8, 768, 3072, layout="single", activation="gelu"),
+    }
+    return {name: partial(emit_experts, spec) for name, spec in specs.items()}
 
 
 def _sample(kind: torch.dtype, writes: Writes, *sizes: tuple[int, ...]) -> Callable[[], Kernel]:
