@@ -1,6 +1,6 @@
 """Accuracy budgets: does a spent budget hold on data that nobody has seen, and does a schedule beat a uniform one?
 
-    python -m bench.budget [--systems minilm digits] [--runs 10] [--compared 3] [--seconds 60] [--json PATH]
+    python -m bench.budget [--systems minilm digits] [--runs 10] [--first 0] [--compared 3] [--seconds 60] [--add]
 
 Each run draws calibration data by its seed, compiles with a budget on KL, and measures the KL of the result on fresh
 data. In the first runs a second model, with token schedules as its only rewrite, is compared with uniform schedules of
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import regraft
 from bench.budget_systems import SYSTEMS, Batch, System
-from bench.timing import time_in_turn, write_record
+from bench.timing import RESULTS, time_in_turn, write_record
 from regraft.build import Toolchain
 from regraft.ir.capture import capture
 from regraft.ir.driver import Session
@@ -176,6 +177,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="the seed of the first run")
+    parser.add_argument("--add", action="store_true", help="add to the record what it does not hold of these runs")
     parser.add_argument("--compared", type=int, default=3, help="runs that are compared with uniform schedules")
     parser.add_argument("--seconds", type=float, default=60.0, help="time of each search")
     parser.add_argument("--json", type=Path, default=None)
@@ -184,17 +187,32 @@ def main() -> None:
     comparisons: list[Comparison] = []
     for name in options.systems:
         system = SYSTEMS[name]()
-        for seed in range(options.runs):
+        for seed in range(options.first, options.first + options.runs):
             runs.append(spend(system, seed, options.seconds)[1])
             Console().print(runs[-1])
-        for seed in range(options.compared):
+        for seed in range(options.first, options.first + options.compared):
             found = compare(system, seed, options.seconds)
             comparisons += [found] if found is not None else []
             Console().print(found)
     show(runs, comparisons)
-    rows = [{**asdict(run), "within": run.within} for run in runs]
-    compared = [{**asdict(item), "ratio": item.ratio} for item in comparisons]
-    Console().print(f"wrote {write_record('budget', {'runs': rows, 'uniform': compared}, options.json)}")
+    made = {
+        "runs": [{**asdict(run), "within": run.within} for run in runs],
+        "uniform": [{**asdict(item), "ratio": item.ratio} for item in comparisons],
+    }
+    path = options.json or RESULTS / "budget.json"
+    if options.add and path.exists():
+        made = added(json.loads(path.read_text(encoding="utf-8")), made)
+    Console().print(f"wrote {write_record('budget', made, path)}")
+
+
+def added(record: Mapping[str, Any], made: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a record with new ones in the place of those of the same system and seed."""
+
+    def place(row: Mapping[str, Any]) -> tuple[str, int]:
+        return row["system"], row["seed"]
+
+    both = {kind: {place(row): row for row in (*record[kind], *rows)} for kind, rows in made.items()}
+    return {kind: [rows[key] for key in sorted(rows)] for kind, rows in both.items()}
 
 
 def show(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> None:

@@ -15,7 +15,7 @@ from regraft.passes.tokens.methods import METHODS, Method
 from regraft.passes.tokens.reduce import ReduceTokens
 
 #: Parts of the tokens that may go at one layer.
-_PARTS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+_PARTS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 5 / 32, 3 / 16, 7 / 32, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2)
 _FEWEST = 8  # tokens of which removing some is worth a thought
 SITE = "tokens"
 

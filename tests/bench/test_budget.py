@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.budget import Comparison, at_time, mean_kl
+from bench.budget import Comparison, added, at_time, mean_kl
 from bench.budget_systems import Retrieval, System
 from bench.prose import passages
 
@@ -62,6 +62,16 @@ def test_the_loss_at_equal_time_lies_between_the_schedules_around_it() -> None:
     assert at_time(uniform, 35.0) is None and at_time(uniform, 5.0) is None
     assert Comparison("s", 0, "", 5e-4, 25.0, uniform, 1e-3).ratio == pytest.approx(2.0)
     assert Comparison("s", 0, "", 5e-4, 35.0, uniform, None).ratio is None
+
+
+def test_rows_are_added_to_a_record_and_replace_those_of_the_same_run() -> None:
+    def row(system: str, seed: int, fresh: float) -> dict[str, object]:
+        return {"system": system, "seed": seed, "fresh": fresh}
+
+    record = {"runs": [row("a", 0, 1.0), row("a", 1, 1.0)], "uniform": [], "device": {}}
+    found = added(record, {"runs": [row("a", 1, 2.0), row("b", 0, 2.0)], "uniform": [row("b", 0, 3.0)]})
+    assert found["runs"] == [row("a", 0, 1.0), row("a", 1, 2.0), row("b", 0, 2.0)]
+    assert found["uniform"] == [row("b", 0, 3.0)]
 
 
 @pytest.mark.slow
