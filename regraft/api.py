@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ def compile(
     experts: Any = None,
     free_original: bool = False,
     toolchain: Toolchain | None = None,
+    unpad: bool = False,
 ) -> CompiledModule:
     """Compile ``model`` for inference; the result is called as the model is and returns the same structure.
 
@@ -76,6 +77,9 @@ def compile(
     keeps the limit on these. Where nothing does, or the calibration does not serve, the result is the exact model,
     and ``report.budget`` says why. See docs/budget.md.
 
+    ``unpad``: where the batch has a padding mask, compute the tokens that are there, exactly, in calls with enough
+    padding for that to be faster; what was decided is an event of the report. See docs/token-reduction.md.
+
     Raises ``CaptureError`` (inputs that do not fit, a model that export refuses, training mode), ``TargetError``,
     ``OptionError``, ``PermutationError`` or ``ShardingError`` (a plan that is not for this model) and ``PeerError``
     (another rank could not compile).
@@ -83,6 +87,8 @@ def compile(
     spending = _spending(budget, calibration, experts, toolchain)
     if experts is not None and toolchain is not None:
         raise OptionError("experts and toolchain were given, and a toolchain brings its own passes; give one of them")
+    if unpad and (experts is not None or toolchain is not None or budget is not None):
+        raise OptionError("unpad was given with experts, a toolchain or a budget, and goes with none of them yet")
     if verify not in VERIFY:
         raise OptionError(f"verify={verify!r} was given; choose one of {', '.join(map(repr, VERIFY))}")
     if isinstance(dynamic, (str, int, float)) and not isinstance(dynamic, bool):
@@ -108,8 +114,12 @@ def compile(
             f"a budget was given for the target {lowered_for!r}, and lossy rewrites are measured on a CPU in this "
             "version; use target='cpu', or leave the budget out"
         )
+    if unpad and lowered_for != "cpu":
+        raise OptionError(f"unpad was given for the target {lowered_for!r}, and works on a CPU in this version")
     chosen = toolchain or (Toolchain() if placement is None else Toolchain(pipeline=placement.pipeline))
-    options = Options(lowered_for, dynamic, verify, toolchain=chosen, experts=placement, spending=spending)
+    options = Options(
+        lowered_for, dynamic, verify, toolchain=chosen, experts=placement, spending=spending, unpad=_unpadding(unpad)
+    )
     compiled = CompiledModule(model, options, _report(type(model).__name__, options.target))
     if _rehearses(model, options.target):
         compiled.report.record("fallback", "the model is on the CPU: what is lowered for a GPU runs as its definition")
@@ -202,6 +212,14 @@ def _placement(experts: Any) -> Placement:
     from regraft.experts import placement_of  # solvers take a moment to load, and few models have experts to place
 
     return placement_of(experts)
+
+
+def _unpadding(asked: bool) -> Callable[..., str] | None:
+    if not asked:
+        return None
+    from regraft.unpad import unpadded
+
+    return unpadded
 
 
 def _check_group(program: Program) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class Options:
     toolchain: Toolchain = field(default_factory=Toolchain)
     experts: Placement | None = None
     spending: Spending | None = None
+    unpad: Callable[..., str] | None = None
 
     @property
     def sharded(self) -> bool:
@@ -302,6 +303,8 @@ class CompiledModule(StandIn):
             return self._refuse(key, f"compilation failed ({first_line(error)}); please report it")
         if made.accepted and self._options.spending is not None:
             made = self._spend(self._options.spending, made, model)
+        if made.accepted and self._options.unpad is not None:
+            self._event("unpadding", self._options.unpad(made, self._options, lambda: _own_output(model, args, kwargs)))
         outputs, made.outputs = made.outputs, None  # not to be held for the report
         self._take_report(made, seconds)
         for reason in self._options.experts.refused(made.log) if self._options.experts is not None else ():
