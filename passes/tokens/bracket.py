@@ -14,7 +14,7 @@ from torch import fx
 
 from regraft.ir.driver import Session
 from regraft.ir.exactness import Exactness
-from regraft.ir.nodes import arguments, rank, shape, user_line
+from regraft.ir.nodes import arguments, is_call, rank, shape, user_line
 from regraft.ir.ops.plan_merge import most_removable
 from regraft.ir.program import Program
 from regraft.ir.records import Application
@@ -98,13 +98,15 @@ class _Bracket:
         if None in products or len(sources) != 1:
             raise Refused("query, key and value are not projections of the same tokens", self.attention)
         join, source = join_of(self.attention), sources.pop()
+        readers = [product for product in products if product is not None]
+        if is_call(source, (aten.permute.default,)) and source.args[1] == [1, 0, 2]:
+            readers, source = [source], source.all_input_nodes[0]  # nn.MultiheadAttention has the tokens in front
         self._check(source)
         with self.program.graph.inserting_after(source):
             inside = self.program.graph.call_function(aten.alias.default, (source,))
         inside.meta = dict(source.meta)
-        for product in dict.fromkeys(products):
-            assert product is not None
-            product.replace_input_with(source, inside)
+        for reader in dict.fromkeys(readers):
+            reader.replace_input_with(source, inside)
         try:
             return self._merge(options, remove, inside, join)
         except Refused:

@@ -11,7 +11,6 @@ from regraft.codegen.cpu.tuning import Tuner
 from regraft.ir.capture import capture
 from regraft.ir.driver import Session
 from regraft.passes.pipeline import default_pipeline
-from regraft.passes.tokens.methods import METHODS
 from regraft.passes.tokens.reduce import ReduceTokens
 from tests.codegen.cpu.support import needs_native
 from tests.passes.tokens.models import IMAGE_KINDS, images, outputs, relative, texts, tiny
@@ -27,8 +26,8 @@ def test_a_reduced_program_computes_the_same_lowered(kind: str) -> None:
     assert relative(lower(program)(*program.example)[0], outputs(program)[0]) <= 1e-5
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_can_be_lowered(method: str) -> None:
+@pytest.mark.parametrize("method", ["tome-stream", "pitome", "evit", "prune-flow", "dart"])
+def test_every_kind_of_method_can_be_lowered(method: str) -> None:
     program = capture(ClassToken(tiny("vit")), tuple(images().values()))
     default_pipeline("cpu", tokens=(ReduceTokens(3, method),)).run(program, Session(verify="off"))
     assert relative(lower(program)(*program.example)[0], outputs(program)[0]) <= 1e-5

@@ -32,6 +32,18 @@ def test_equal_tokens_merge_without_a_change_whatever_reads_the_stream(head: str
     assert lengths == [TOKENS - 4] * 2
 
 
+def test_attention_with_the_tokens_in_front_is_bracketed() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+    pairs = numbers(3, TOKENS // 2, WIDTH).repeat_interleave(2, dim=1)
+    program = recognised(encoder, (pairs,))
+    (before,) = outputs(program)
+    session = bracketed(program, 4)
+    assert session.log.of("bracket-attention").fired == 2, session.log.refusals
+    assert relative(outputs(program)[0], before) <= 1e-12
+
+
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "bert"])
 def test_a_family_is_bracketed_and_what_differs_is_small_work_inside(kind: str) -> None:
     model = MeanOfTokens(tiny(kind)) if kind == "bert" else tiny(kind)

@@ -191,7 +191,7 @@ def test_a_mean_over_equal_words_counts_them_by_size() -> None:
     assert relative(outputs(program)[0], before) <= 1e-6
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(name for name in METHODS if "random" not in name))
 def test_a_row_of_a_padded_batch_is_its_own_run(method: str) -> None:
     given = texts((16, 11, 9))
     dynamic = {"input_ids": {0: torch.export.Dim.AUTO}, "attention_mask": {0: torch.export.Dim.AUTO}}

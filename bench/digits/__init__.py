@@ -1,0 +1,1 @@
+"""A small vision transformer on scikit-learn's digits: its model, its training, and its weights for three seeds."""
