@@ -17,6 +17,8 @@ from regraft.ir.ops.plan_merge import plan_merge
 from regraft.ir.ops.registry import OPERATORS, Cost, SemanticOperator
 from regraft.ir.ops.rms_norm import rms_norm
 from regraft.ir.ops.rope import rope
+from regraft.ir.ops.select_keys import select_keys
+from regraft.ir.ops.steer import steer
 from regraft.ir.ops.token_scores import token_scores
 from regraft.ir.ops.unmerge_tokens import unmerge_tokens
 
@@ -40,6 +42,8 @@ __all__ = [
     "plan_merge",
     "rms_norm",
     "rope",
+    "select_keys",
+    "steer",
     "token_scores",
     "unmerge_tokens",
 ]

@@ -45,6 +45,12 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), numbers(2, 2, 5, 6), [], numbers(1, 1, 1, 5), numbers(4)),
         {"scale": 0.5, "weight": "sigmoid", "mask": "band(None,2)", "normaliser": "sum_eps", "constant": 1e-8},
     ),
+    "select_keys": (
+        ops.select_keys,
+        (numbers(2, 4, 1, 8), numbers(2, 2, 9, 8), []),
+        {"scale": 0.5, "mask": "band(None,4)", "count": 3},
+    ),
+    "steer": (ops.steer, (numbers(2, 3, 8), numbers(2, 8), 0.1), {}),
     "rms_norm": (ops.rms_norm, (numbers(2, 3, 8), numbers(8), 1e-6), {}),
     "rms_norm without weight": (ops.rms_norm, (numbers(2, 8), None, 1e-6), {}),
     "rms_norm of gemma": (ops.rms_norm, (numbers(2, 8), numbers(8), 1e-6, 1.0, "after_weight"), {}),
