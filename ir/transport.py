@@ -1,4 +1,4 @@
-"""How rows of tokens reach other ranks: one all-to-all over a process group of ``torch.distributed``.
+"""How rows of tokens, and parts of a result, reach other ranks of a process group of ``torch.distributed``.
 
 A group is named in the graph: ``WORLD`` is the default group of whoever runs it, ``ALONE`` no group at all, where this
 process plays every rank and nothing is sent. What a rank sends is told to whoever counts (``regraft.ir.copies``).
@@ -29,7 +29,7 @@ def group_of(name: str, ranks: int, rank: int) -> ProcessGroup:
     import torch.distributed as dist  # loaded only by what is sharded
 
     how = f"run it as rank {rank} under torchrun --nproc-per-node {ranks}"
-    what = f"this code is rank {rank} of experts that are sharded over {ranks} ranks"
+    what = f"this code is rank {rank} of a model that is sharded over {ranks} ranks"
     if not dist.is_available() or not dist.is_initialized():
         raise GroupError(
             f"{what}, and no process group is initialised; call torch.distributed.init_process_group and {how}"
@@ -60,3 +60,12 @@ def exchange(rows: Tensor, sent: list[int], received: list[int], group: ProcessG
     arriving = collectives.all_to_all_single(rows.contiguous(), received, sent, group)
     arrived: Tensor = collectives.wait_tensor(arriving)
     return arrived
+
+
+def gather_parts(part: Tensor, group: ProcessGroup) -> Tensor:
+    """``[ranks, *part.shape]``: every rank's part, of one shape, in the order of the ranks."""
+    from torch.distributed import _functional_collectives as collectives
+
+    rows = part.contiguous().reshape(1, *part.shape)
+    gathered: Tensor = collectives.wait_tensor(collectives.all_gather_tensor(rows, 0, group))
+    return gathered

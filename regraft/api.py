@@ -17,7 +17,7 @@ from regraft.compiled import CompiledModule, Options
 from regraft.errors import ArtifactError, CaptureError, OptionError, TargetError
 from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
-from regraft.ir.ops.moe_dispatch import sharded_sites
+from regraft.ir.ops.gather import collective_calls
 from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.transport import group_of
@@ -227,7 +227,7 @@ def _check_group(program: Program) -> None:
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        for given in sharded_sites(program.graph):
+        for given in collective_calls(program.graph):
             group_of(given["group"], given["ranks"], given["rank"])
 
 

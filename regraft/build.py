@@ -20,7 +20,7 @@ from regraft.aliasing import separate_outputs
 from regraft.guard import SymbolicGuard, leaf_order
 from regraft.ir.driver import Session
 from regraft.ir.memory import give_back, no_cycle_search
-from regraft.ir.ops.moe_dispatch import sharded_sites
+from regraft.ir.ops.gather import collective_calls
 from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.verify import Checked, relative_l2
@@ -248,7 +248,7 @@ def _build(
         separate_outputs(program, before)
         expected, seconds = None, 0.0
         asked = session.verify != "off" and reference is not None
-        compared = asked and (together is not None or not sharded_sites(program.graph))
+        compared = asked and (together is not None or not collective_calls(program.graph))
         if compared:  # before weights are packed: a run of the model needs room of its own
             started = time.perf_counter()
             give_back()  # what the checks left

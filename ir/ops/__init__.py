@@ -6,6 +6,8 @@ from regraft.ir.ops.attention import attention
 from regraft.ir.ops.attention_lse import attention_lse
 from regraft.ir.ops.attention_mapped import attention_mapped
 from regraft.ir.ops.attention_packed import attention_packed
+from regraft.ir.ops.attention_part import attention_merge, attention_part
+from regraft.ir.ops.gather import gather
 from regraft.ir.ops.glu import glu
 from regraft.ir.ops.linear import linear
 from regraft.ir.ops.merge_tokens import merge_tokens
@@ -31,7 +33,10 @@ __all__ = [
     "attention",
     "attention_lse",
     "attention_mapped",
+    "attention_merge",
     "attention_packed",
+    "attention_part",
+    "gather",
     "glu",
     "linear",
     "merge_tokens",

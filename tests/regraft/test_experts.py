@@ -105,7 +105,7 @@ def test_one_rank_s_part_is_made_checked_and_saved_by_one_process(dynamic: bool 
 
 def test_the_part_does_not_run_alone_and_the_original_does_not_stand_in() -> None:
     fast = regraft.compile(HandWritten().eval(), (X,), experts=regraft.Sharding(REPLICATED, rank=1))
-    with pytest.raises(GroupError, match="rank 1 of experts that are sharded over 2 ranks, and no process group"):
+    with pytest.raises(GroupError, match="rank 1 of a model that is sharded over 2 ranks, and no process group"):
         fast(X)
     with torch.autocast("cpu"), pytest.raises(InputError, match=r"autocast .* cannot run the model by itself"):
         fast(X)

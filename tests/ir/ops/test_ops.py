@@ -51,6 +51,13 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         {"scale": 0.5, "mask": "band(None,4)", "count": 3},
     ),
     "steer": (ops.steer, (numbers(2, 3, 8), numbers(2, 8), 0.1), {}),
+    "attention_part": (
+        ops.attention_part,
+        (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), numbers(2, 2, 5, 6), [], numbers(3, 9), numbers(4), numbers(4)),
+        {"first": 2, "keys": 9, "scale": 0.5, "mask": "band(None,4)", "softcap": 9.0},
+    ),
+    "attention_merge": (ops.attention_merge, (numbers(3, 2, 4, 5, 7),), {"dtype": torch.bfloat16}),
+    "gather": (ops.gather, (numbers(2, 3),), {"ranks": 3}),
     "rms_norm": (ops.rms_norm, (numbers(2, 3, 8), numbers(8), 1e-6), {}),
     "rms_norm without weight": (ops.rms_norm, (numbers(2, 8), None, 1e-6), {}),
     "rms_norm of gemma": (ops.rms_norm, (numbers(2, 8), numbers(8), 1e-6, 1.0, "after_weight"), {}),

@@ -143,7 +143,7 @@ def test_experts_that_are_computed_at_run_time_are_refused_with_their_line() -> 
 def test_one_rank_s_program_does_not_run_alone() -> None:
     program = recognised(HandWritten(), (X,))
     shard(program, Sharding(PLAN))
-    with pytest.raises(GroupError, match="rank 1 of experts that are sharded over 3 ranks"):
+    with pytest.raises(GroupError, match="rank 1 of a model that is sharded over 3 ranks"):
         run(program, (X,))
 
 
