@@ -211,12 +211,7 @@ class CompiledModule(StandIn):
         return ""
 
     def _find(
-        self,
-        key: Hashable,
-        structure: Hashable,
-        leaves: list[Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, key: Hashable, structure: Hashable, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Entry | Answer | str:
         with self._lock:
             for entry in self._entries:

@@ -37,7 +37,7 @@ def test_equal_outputs_are_as_faithful_as_can_be() -> None:
     assert compare_logits(logits, logits.flip(-1))["kl"] > 0.1
     found = compare_embeddings(logits, 2 * logits)
     assert found["recall@10"] == 1 and found["least_cosine"] == pytest.approx(1)
-    assert compare_embeddings(logits, logits[:, torch.randperm(10)])["recall@10"] < 1
+    assert compare_embeddings(logits, torch.randn(20, 10))["recall@10"] < 1
 
 
 def test_every_method_has_a_baseline_that_looks_at_nothing() -> None:
