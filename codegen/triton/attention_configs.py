@@ -7,8 +7,46 @@ from __future__ import annotations
 
 import torch
 
+from regraft.codegen.triton.attention_spec import AttentionSpec
+from regraft.codegen.triton.mask_operands import mask_operands
+
+Config = tuple[int, int, int, int]
+
 #: Architectures that kernels are built for ahead of time.
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: Architectures with tiles of their own: consumer Blackwell has the matrix unit and the shared memory of sm_80's kin,
+#: whose kernels must stay below 99 KiB.
+_TILED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+_AS = {"sm_120": "sm_80"}
+
+# Rows of queries and keys of a tile, warps, stages, by the width of a head in registers. "pairs": something is read for
+# each pair of a query and a key (a bias, a dense mask, bits of a tree), which takes registers of its own.
+_PREFILL_FP32 = {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+_PREFILL: dict[str, dict[int, Config]] = {
+    "sm_80": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
+    "sm_90": {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
+    "sm_100": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
+    "gfx942": {64: (128, 64, 4, 1), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1), 512: (32, 16, 8, 1)},
+}
+_PREFILL_PAIRS: dict[str, dict[int, Config]] = {
+    "sm_80": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1), 512: (32, 16, 8, 1)},
+    "sm_90": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1), 512: (32, 16, 8, 1)},
+    "sm_100": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1), 512: (32, 16, 8, 1)},
+    "gfx942": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 1), 512: (32, 16, 8, 1)},
+}
+_DECODE_FP32 = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+_DECODE: dict[str, dict[int, Config]] = {
+    "sm_80": {64: (32, 64, 4, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2), 512: (16, 32, 4, 1)},
+    "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (32, 32, 4, 2), 512: (16, 32, 4, 1)},
+    "sm_100": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (32, 32, 4, 2), 512: (16, 32, 4, 1)},
+    "gfx942": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (32, 32, 4, 2), 512: (16, 32, 4, 1)},
+}
+_DECODE_PAIRS: dict[str, dict[int, Config]] = {
+    "sm_80": {64: (32, 64, 4, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 2), 512: (16, 32, 8, 1)},
+    "sm_90": {64: (64, 64, 8, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 2), 512: (16, 32, 8, 1)},
+    "sm_100": {64: (64, 64, 8, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 2), 512: (16, 32, 8, 1)},
+    "gfx942": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (32, 32, 4, 2), 512: (16, 32, 4, 1)},
+}
 
 
 def padded(dim: int) -> int:
@@ -16,38 +54,31 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def prefill_configs(dtype: torch.dtype, head_dim: int, value_dim: int) -> dict[str, tuple[int, int, int, int]]:
+def prefill_configs(spec: AttentionSpec) -> dict[str, Config]:
     """Queries and keys of a tile, warps and stages, for each architecture."""
-    width = max(padded(head_dim), padded(value_dim))
-    return {arch: _prefill(arch, dtype, width) for arch in ARCHS}
+    return _chosen(spec, _PREFILL_FP32, _PREFILL_PAIRS if _takes_more(spec) else _PREFILL)
 
 
-def _prefill(arch: str, dtype: torch.dtype, width: int) -> tuple[int, int, int, int]:
-    if dtype == torch.float32:
-        return (64, 32, 4, 2) if width <= 64 else (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
-    if width <= 64:
-        return (128, 64, 4, 3) if arch.startswith("sm_") else (128, 64, 4, 1)
-    if width <= 128:
-        return (128, 64, 8, 2)
-    if width <= 256:
-        return (64, 32, 8, 2)
-    return (32, 32, 8, 1)
-
-
-def decode_configs(dtype: torch.dtype, head_dim: int, value_dim: int) -> dict[str, tuple[int, int, int, int]]:
+def decode_configs(spec: AttentionSpec) -> dict[str, Config]:
     """Rows (at most) and keys of a tile, warps and stages, for each architecture."""
-    width = max(padded(head_dim), padded(value_dim))
-    return {arch: _decode(arch, dtype, width) for arch in ARCHS}
+    return _chosen(spec, _DECODE_FP32, _DECODE_PAIRS if _takes_more(spec) else _DECODE)
 
 
-def _decode(arch: str, dtype: torch.dtype, width: int) -> tuple[int, int, int, int]:
-    if dtype == torch.float32:
-        return (32, 32, 4, 2) if width <= 128 else (16, 16, 4, 1)
-    if width <= 128:
-        return (64, 64, 4, 3 if arch.startswith("sm_") else 1)
-    return (32, 32, 4, 2) if width <= 256 else (16, 32, 4, 1)
+def combine_configs(value_dim: int) -> dict[str, tuple[int, int, int]]:
+    """Rows of a program, warps and stages of the kernels that merge parts."""
+    rows = 16 if padded(value_dim) <= 256 else 4
+    return dict.fromkeys(_TILED, (rows, 4, 1))
 
 
-def combine_configs(rows: int) -> dict[str, tuple[int, int, int]]:
-    """Rows of a program, warps and stages of the kernel that merges parts."""
-    return dict.fromkeys(ARCHS, (rows, 4, 1))
+def _chosen(spec: AttentionSpec, fp32: dict[int, Config], half: dict[str, dict[int, Config]]) -> dict[str, Config]:
+    width = max(64, padded(spec.head_dim), padded(spec.value_dim))
+    if spec.dtype == torch.float32:
+        return dict.fromkeys(_TILED, fp32[width])
+    return {arch: half[_AS.get(arch, arch)][width] for arch in _TILED}
+
+
+def _takes_more(spec: AttentionSpec) -> bool:
+    """Whether something is read for each pair, or the weight is long to compute (an error function)."""
+    if spec.bias != "none" or spec.weight == "gelu":
+        return True
+    return any(mask.reads & {"pairs", "bits"} for mask in mask_operands([spec.predicate]))

@@ -18,14 +18,14 @@ from regraft.codegen.triton.emit import POINTER_KINDS, Entry, Kernel, Origin, Pa
 
 _TITLE = "Attention of few queries: the keys are divided among programs, and what these find is combined."
 _NAME = "attention_decode"
-COMBINE_ROWS = 16
 
 
 def emit_decode(spec: AttentionSpec, layout: KeyLayout = CONTIGUOUS, origins: tuple[Origin, ...] = ()) -> Kernel:
     """The kernels for few queries; raises ``Unsupported`` where ``supports`` or the layout gives a reason."""
     parts = AttentionParts(spec, replace(layout, packs_heads=True))
     parameters, combine = _parameters(parts), _combine_parameters(parts)
-    configs = decode_configs(spec.dtype, spec.head_dim, spec.value_dim)
+    merging = combine_configs(spec.value_dim)
+    configs = decode_configs(spec)
     scanned = "query_length", "key_length", "kv_heads", "group", "splits", "row_count"
     indexed = layout.kind == "indexed"
     body = render(
@@ -36,7 +36,7 @@ def emit_decode(spec: AttentionSpec, layout: KeyLayout = CONTIGUOUS, origins: tu
         launch_values=[parts.launch_value(parameter.name) for parameter in parameters],
         combine_arguments=[parameter.name for parameter in combine],
         combine_values=[parts.launch_value(parameter.name) for parameter in combine],
-        combine_rows=COMBINE_ROWS,
+        combine_rows=merging["sm_80"][0],
         unspecialized=parts.unspecialized(
             *(name for name in (*scanned, "entries") if name in {parameter.name for parameter in parameters})
         ),
@@ -50,7 +50,7 @@ def emit_decode(spec: AttentionSpec, layout: KeyLayout = CONTIGUOUS, origins: tu
     source = header(_TITLE, facts, origins) + body.replace(f"{_NAME}_@", name)
     entries = (
         Entry(name, parameters, ("BLOCK_M", "BLOCK_N"), configs),
-        Entry(f"{name}_combine", combine, ("BLOCK_ROWS",), combine_configs(COMBINE_ROWS)),
+        Entry(f"{name}_combine", combine, ("BLOCK_ROWS",), merging),
     )
     return Kernel(name, source, entries, (*parts.tensors, *parts.numbers))
 

@@ -18,7 +18,6 @@ from regraft.codegen.triton.emit import render as rendered
 
 _TITLE = "Attention merged from parts of the keys, each with its log-sum-exp."
 _NAME = "attention_merge"
-_ROWS = 16
 _PARTS, _LSE = ("part", "batch", "head", "row", "dim"), ("part", "batch", "head", "row")
 
 
@@ -51,7 +50,7 @@ def emit_merge(spec: MergeSpec, origins: tuple[Origin, ...] = ()) -> Kernel:
         raise Unsupported(reason)
     tensors = ["parts", "part_lse", *(["sinks"] if spec.sinks else [])]
     parameters = _parameters(spec)
-    configs = combine_configs(_ROWS)
+    configs = combine_configs(spec.value_dim)
     body = rendered(
         "merge.py.j2",
         name=f"{_NAME}_@",

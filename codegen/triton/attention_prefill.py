@@ -16,7 +16,7 @@ def emit_prefill(spec: AttentionSpec, origins: tuple[Origin, ...] = ()) -> Kerne
     """The kernel for many queries; raises ``Unsupported`` where ``supports`` gives a reason."""
     parts = AttentionParts(spec)
     parameters = _parameters(parts)
-    configs = prefill_configs(spec.dtype, spec.head_dim, spec.value_dim)
+    configs = prefill_configs(spec)
     body = render(
         "prefill.py.j2",
         name=f"{_NAME}_@",

@@ -105,9 +105,19 @@ def try_build(kernel: Kernel, entry: Entry, arch: str) -> Build | BuildError:
 
 
 def _config(entry: Entry, arch: str) -> tuple[int, ...]:
-    if arch not in entry.configs:
+    """The tiles of an architecture; NVIDIA's that are not named take the last before them, as launchers do."""
+    if arch in entry.configs:
+        return entry.configs[arch]
+    before = [known for known in entry.configs if _number(known) is not None]
+    lower = [known for known in before if (_number(known) or 0) <= (_number(arch) or -1)]
+    if not lower:
         raise BuildError(f"{entry.name} has no tiles for {arch!r}; it has for {', '.join(entry.configs)}")
-    return entry.configs[arch]
+    return entry.configs[max(lower, key=lambda known: _number(known) or 0)]
+
+
+def _number(arch: str) -> int | None:
+    """90 of "sm_90"; None for what is not NVIDIA's."""
+    return int(arch[3:]) if re.fullmatch(r"sm_\d+", arch) else None
 
 
 def gpu_target(arch: str) -> Any:

@@ -24,6 +24,12 @@ def test_an_amd_binary() -> None:
     assert made.extension == "hsaco" and made.resources.matrix_instructions["mfma"] > 0
 
 
+def test_an_architecture_between_two_takes_the_tiles_of_the_lower() -> None:
+    made = build(KERNEL, KERNEL.entries[0], "sm_89")
+    assert made.resources.config == KERNEL.entries[0].configs["sm_80"] and ".target sm_89" in made.assembly
+    assert made.resources.shared <= 99 << 10  # what a program of sm_86 and sm_89 has
+
+
 def test_what_cannot_be_built_says_why() -> None:
     with pytest.raises(BuildError, match="no tiles for 'sm_70'"):
         build(KERNEL, KERNEL.entries[0], "sm_70")

@@ -30,7 +30,8 @@ CONFIGS = {
     "sm_80": (128, 64, 8, 2),
     "sm_90": (128, 64, 8, 2),
     "sm_100": (128, 64, 8, 2),
-    "gfx942": (128, 64, 8, 2),
+    "sm_120": (128, 64, 8, 2),
+    "gfx942": (128, 32, 8, 2),
 }
 
 
@@ -93,7 +94,7 @@ def step(
 
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "heads", "group"])
-def attention_prefill_34694c01(
+def attention_prefill_39ba7c58(
     query,
     key,
     value,
@@ -270,7 +271,7 @@ def launch(query: Tensor, key: Tensor, value: Tensor, scale: float, config: tupl
     block_m, block_n, warps, stages = config or tiles(query.device)
     grid = (triton.cdiv(query_length, block_m) * heads * batch,)
     with torch.cuda.device_of(query):
-        attention_prefill_34694c01[grid](
+        attention_prefill_39ba7c58[grid](
             query,
             key,
             value,
@@ -305,7 +306,7 @@ def launch(query: Tensor, key: Tensor, value: Tensor, scale: float, config: tupl
     return out
 
 
-@torch.library.custom_op("regraft_kernels::attention_prefill_34694c01", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_prefill_39ba7c58", mutates_args=(), device_types="cpu")
 def operator(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     check(query, key, value)

@@ -27,9 +27,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 PAGE_SIZE = tl.constexpr(16)  # keys that lie together under one number of `pages`
 #: Rows (at most) and keys of a tile, warps, stages. A device that is not named takes the last before it.
 CONFIGS = {
-    "sm_80": (64, 64, 4, 3),
+    "sm_80": (32, 64, 8, 2),
     "sm_90": (64, 64, 4, 3),
     "sm_100": (64, 64, 4, 3),
+    "sm_120": (32, 64, 8, 2),
     "gfx942": (64, 64, 4, 1),
 }
 SPLIT_BYTES = 1 << 17  # of keys and values, at least, that a program reads: less does not pay for combining
@@ -95,7 +96,7 @@ def step(
 
 
 @triton.jit(do_not_specialize=["query_length", "kv_heads", "group", "splits", "row_count", "pages_stride_batch"])
-def attention_decode_4ae8c6e9(
+def attention_decode_e1e441c0(
     query,
     key,
     value,
@@ -194,7 +195,7 @@ def attention_decode_4ae8c6e9(
 
 
 @triton.jit(do_not_specialize=["row_count", "query_length", "heads", "splits"])
-def attention_decode_4ae8c6e9_combine(
+def attention_decode_e1e441c0_combine(
     part_acc,
     part_total,
     part_top,
@@ -358,7 +359,7 @@ def launch(
     part_total = query.new_empty((splits, row_count), dtype=torch.float32)
     part_top = query.new_empty((splits, row_count), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        attention_decode_4ae8c6e9[(programs, splits)](
+        attention_decode_e1e441c0[(programs, splits)](
             query,
             key,
             value,
@@ -394,7 +395,7 @@ def launch(
             num_stages=stages,
             enable_fp_fusion=True,
         )
-        attention_decode_4ae8c6e9_combine[(triton.cdiv(row_count, 16),)](
+        attention_decode_e1e441c0_combine[(triton.cdiv(row_count, 16),)](
             part_acc,
             part_total,
             part_top,
@@ -414,7 +415,7 @@ def launch(
     return out, lse
 
 
-@torch.library.custom_op("regraft_kernels::attention_decode_4ae8c6e9", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_decode_e1e441c0", mutates_args=(), device_types="cpu")
 def operator(
     query: Tensor,
     key: Tensor,

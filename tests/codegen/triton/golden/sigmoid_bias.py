@@ -24,10 +24,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 #: Queries and keys of a tile, warps, stages of the pipeline. A device that is not named takes the last before it.
 CONFIGS = {
-    "sm_80": (128, 64, 4, 3),
-    "sm_90": (128, 64, 4, 3),
-    "sm_100": (128, 64, 4, 3),
-    "gfx942": (128, 64, 4, 1),
+    "sm_80": (64, 64, 8, 2),
+    "sm_90": (128, 64, 8, 2),
+    "sm_100": (64, 64, 8, 2),
+    "sm_120": (64, 64, 8, 2),
+    "gfx942": (64, 64, 4, 2),
 }
 
 
@@ -95,7 +96,7 @@ def step(
 
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "heads", "group"])
-def attention_prefill_6f252161(
+def attention_prefill_66ef68fc(
     query,
     key,
     value,
@@ -284,7 +285,7 @@ def launch(
     block_m, block_n, warps, stages = config or tiles(query.device)
     grid = (triton.cdiv(query_length, block_m) * heads * batch,)
     with torch.cuda.device_of(query):
-        attention_prefill_6f252161[grid](
+        attention_prefill_66ef68fc[grid](
             query,
             key,
             value,
@@ -324,7 +325,7 @@ def launch(
     return out
 
 
-@torch.library.custom_op("regraft_kernels::attention_prefill_6f252161", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_prefill_66ef68fc", mutates_args=(), device_types="cpu")
 def operator(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     check(query, key, value)

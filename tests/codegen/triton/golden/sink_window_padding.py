@@ -26,10 +26,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 #: Queries and keys of a tile, warps, stages of the pipeline. A device that is not named takes the last before it.
 CONFIGS = {
-    "sm_80": (32, 32, 4, 1),
-    "sm_90": (32, 32, 4, 1),
-    "sm_100": (32, 32, 4, 1),
-    "gfx942": (32, 32, 4, 1),
+    "sm_80": (32, 32, 8, 1),
+    "sm_90": (32, 32, 8, 1),
+    "sm_100": (32, 32, 8, 1),
+    "sm_120": (32, 32, 8, 1),
+    "gfx942": (32, 32, 8, 1),
 }
 
 
@@ -136,7 +137,7 @@ def step(
 
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "heads", "group", "mask_0_stride_batch"])
-def attention_prefill_e219d46c(
+def attention_prefill_3bd5fe3f(
     query,
     key,
     value,
@@ -335,7 +336,7 @@ def launch(
     block_m, block_n, warps, stages = config or tiles(query.device)
     grid = (triton.cdiv(query_length, block_m) * heads * batch,)
     with torch.cuda.device_of(query):
-        attention_prefill_e219d46c[grid](
+        attention_prefill_3bd5fe3f[grid](
             query,
             key,
             value,
@@ -374,7 +375,7 @@ def launch(
     return out
 
 
-@torch.library.custom_op("regraft_kernels::attention_prefill_e219d46c", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_prefill_3bd5fe3f", mutates_args=(), device_types="cpu")
 def operator(query: Tensor, key: Tensor, value: Tensor, mask_0: Tensor, scale: float, softcap: float) -> Tensor:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     check(query, key, value)

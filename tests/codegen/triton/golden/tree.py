@@ -25,9 +25,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 #: Rows (at most) and keys of a tile, warps, stages. A device that is not named takes the last before it.
 CONFIGS = {
-    "sm_80": (64, 64, 4, 3),
-    "sm_90": (64, 64, 4, 3),
-    "sm_100": (64, 64, 4, 3),
+    "sm_80": (32, 32, 8, 2),
+    "sm_90": (32, 32, 8, 2),
+    "sm_100": (32, 32, 8, 2),
+    "sm_120": (32, 32, 8, 2),
     "gfx942": (64, 64, 4, 1),
 }
 SPLIT_BYTES = 1 << 17  # of keys and values, at least, that a program reads: less does not pay for combining
@@ -158,7 +159,7 @@ def step(
         "mask_0_words",
     ]
 )
-def attention_decode_afeae6b9(
+def attention_decode_0770da3e(
     query,
     key,
     value,
@@ -282,7 +283,7 @@ def attention_decode_afeae6b9(
 
 
 @triton.jit(do_not_specialize=["row_count", "query_length", "heads", "splits"])
-def attention_decode_afeae6b9_combine(
+def attention_decode_0770da3e_combine(
     part_acc,
     part_total,
     part_top,
@@ -430,7 +431,7 @@ def launch(
     part_total = query.new_empty((splits, row_count), dtype=torch.float32)
     part_top = query.new_empty((splits, row_count), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        attention_decode_afeae6b9[(programs, splits)](
+        attention_decode_0770da3e[(programs, splits)](
             query,
             key,
             value,
@@ -470,7 +471,7 @@ def launch(
             num_stages=stages,
             enable_fp_fusion=True,
         )
-        attention_decode_afeae6b9_combine[(triton.cdiv(row_count, 16),)](
+        attention_decode_0770da3e_combine[(triton.cdiv(row_count, 16),)](
             part_acc,
             part_total,
             part_top,
@@ -488,7 +489,7 @@ def launch(
     return out
 
 
-@torch.library.custom_op("regraft_kernels::attention_decode_afeae6b9", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_decode_0770da3e", mutates_args=(), device_types="cpu")
 def operator(query: Tensor, key: Tensor, value: Tensor, mask_0: Tensor, mask_1: Tensor, scale: float) -> Tensor:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     check(query, key, value)
