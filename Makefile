@@ -37,9 +37,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench.cpu_peers
 	$(BIN)/python -m bench.tokens
 
-# On a machine with a GPU and PyTorch, where nothing can be installed: the system's Python, as it is.
+# On a machine with a GPU and PyTorch, where nothing can be installed: the system's Python, as it is. PART=attention runs
+# one part, OUT=folder names where records go; a run that was cut off goes on where it stopped.
 gpu:
-	$(PYTHON) -m bench.gpu --json $(or $(OUT),bench/results)/gpu.json
+	$(PYTHON) -m bench.gpu --out $(or $(OUT),bench/results) $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

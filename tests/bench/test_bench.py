@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, scaling, shard, variants
+from bench import scaling, shard, variants
 from bench.cold import PeakMemory
 from bench.decoder import PlainDecoder
 from bench.timing import time_in_turn, write_record
@@ -79,13 +79,6 @@ def test_a_row_that_is_not_as_expected_does_not_pass() -> None:
     kept = variants.NEAR_MISSES[0]
     wrong = variants.Variant(kept.name, kept.function, found=True)
     assert not variants.measure(wrong).passed
-
-
-def test_the_bench_of_the_gpu_can_be_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = PlainDecoder(1, hidden=64, heads=4, kv_heads=2)
-    monkeypatch.setitem(gpu.MODELS, "decoder", lambda: (model, torch.arange(12).reshape(2, 6)))
-    row = gpu.measure("decoder", "float32", "cpu", rounds=1, peers=False)
-    assert row.passed and row.attention == 1
 
 
 def test_plans_of_the_sharding_bench_hold_every_expert_and_some_twice() -> None:

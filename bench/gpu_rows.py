@@ -1,0 +1,174 @@
+"""Parts of ``make gpu``: named rows that are measured one by one, kept as they come, and not measured twice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.timing import time_in_turn, write_record
+
+#: Bytes that are written before each timed call, so that none finds its operands in the last-level cache.
+_FLUSH = 256 << 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where rows run. ``tiny``: sizes at which a CPU rehearses them."""
+
+    device: str = "cuda"
+    tiny: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether times mean anything."""
+        return self.device != "cpu"
+
+    @property
+    def gpu_name(self) -> str:
+        """The device's marketed name; empty on a CPU."""
+        return torch.cuda.get_device_name() if self.on_gpu else ""
+
+    def pick(self, full: Any, tiny: Any) -> Any:
+        """The size of a row, or that of its rehearsal."""
+        return tiny if self.tiny else full
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a row gave: figures by name with their units, whether it met its target, and the target in words.
+
+    ``passed`` is None where no target holds: on another device than it was set for, or where the row only informs.
+    """
+
+    figures: Mapping[str, Any]
+    passed: bool | None = None
+    target: str = ""
+
+
+Row = Callable[[Setting], Outcome]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the bench. ``seconds`` is what it may take on a GPU; ``processes``: rows that time nothing run side by
+    side."""
+
+    name: str
+    seconds: float
+    rows: Callable[[Setting], dict[str, Row]] = field(repr=False)
+    processes: int = 1
+
+
+def run_part(part: Part, setting: Setting, path: Path, again: bool = False) -> dict[str, Any]:
+    """Measure the rows of a part that ``path`` does not hold yet, write it anew after each, and return the record."""
+    labels = list(part.rows(setting))
+    known = {} if again else _known(path, setting)
+    found: dict[str, Any] = {label: known[label] for label in labels if label in known}
+    record = _write(part, setting, path, labels, found)
+    for label, row in _measured(part, setting, [label for label in labels if label not in found]):
+        found[label] = row
+        record = _write(part, setting, path, labels, found)
+    return record
+
+
+def measure_row(part: Part, label: str, setting: Setting) -> dict[str, Any]:
+    """One row as plain data; what it raises is its failure."""
+    started = time.perf_counter()
+    try:
+        outcome = part.rows(setting)[label](setting)
+    except Exception as error:  # a row must not take the others with it
+        lines = str(error).strip().splitlines() or ["no message"]
+        outcome = Outcome({"error": f"{type(error).__name__}: {lines[0]}"}, passed=False)
+    return {**asdict(outcome), "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _measured(part: Part, setting: Setting, labels: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if part.processes == 1 or not setting.on_gpu:
+        for label in labels:
+            yield label, measure_row(part, label, setting)
+        return
+    with ProcessPoolExecutor(part.processes, mp_context=get_context("spawn")) as executor:
+        waiting = {executor.submit(_by_name, part.name, label, setting): label for label in labels}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+
+
+def _by_name(part: str, label: str, setting: Setting) -> dict[str, Any]:
+    from bench.gpu import PARTS
+
+    return measure_row(PARTS[part], label, setting)
+
+
+def _known(path: Path, setting: Setting) -> dict[str, Any]:
+    """Rows of an earlier run on the same device at the same sizes; those that failed are measured again."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        same = held["setting"] == _described(setting)
+        return {label: row for label, row in held["rows"].items() if row["passed"] is not False} if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _described(setting: Setting) -> dict[str, Any]:
+    return {**asdict(setting), "gpu": setting.gpu_name, "torch": torch.__version__}
+
+
+def _write(part: Part, setting: Setting, path: Path, labels: list[str], found: dict[str, Any]) -> dict[str, Any]:
+    record = {
+        "part": part.name,
+        "setting": _described(setting),
+        "complete": len(found) == len(labels),
+        "rows": {label: found[label] for label in labels if label in found},
+    }
+    write_record("gpu", record, path)
+    return record
+
+
+def device_times(calls: Mapping[str, Callable[[], Any]], setting: Setting, rounds: int = 15) -> dict[str, float]:
+    """Median milliseconds of each call, made in turn; on a GPU by its own clock, the last-level cache being flushed
+    before each. A call that raises is left out of the result."""
+    able = {name: call for name, call in calls.items() if _runs(call)}
+    if not setting.on_gpu:
+        return {name: timing.median for name, timing in time_in_turn(able, rounds=1, warm_up=0, shortest=0).items()}
+    flush = torch.empty(_FLUSH, dtype=torch.int8, device=setting.device)
+    for call in able.values():
+        for _ in range(3):
+            call()
+    events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in able}
+    for number in range(rounds):
+        names = list(able)
+        turn = number % len(names) if names else 0
+        for name in names[turn:] + names[:turn]:
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            able[name]()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: sorted(a.elapsed_time(b) for a, b in pairs)[rounds // 2] for name, pairs in events.items()}
+
+
+def _runs(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except (RuntimeError, NotImplementedError, ValueError, ImportError):
+        return False
+    return True
+
+
+def copy_bandwidth(setting: Setting) -> float:
+    """Bytes a second that a copy of a large tensor reads and writes."""
+    count = setting.pick(1 << 30, 1 << 20)
+    source = torch.ones(count, dtype=torch.int8, device=setting.device)
+    target = torch.empty_like(source)
+    milliseconds = device_times({"copy": lambda: target.copy_(source)}, setting)["copy"]
+    return 2.0 * count / (milliseconds * 1e-3)

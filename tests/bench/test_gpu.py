@@ -1,0 +1,112 @@
+"""``make gpu`` rehearsed on a CPU: rows are kept, taken up again, and judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import aot, gpu, gpu_attention, gpu_decode, gpu_models, gpu_tests
+from bench.gpu_rows import Outcome, Part, Setting, measure_row, run_part
+from regraft.codegen.triton.build import Build, BuildError, Resources
+from regraft.codegen.triton.catalogue import Sample
+from regraft.codegen.triton.emit import Entry, Kernel
+
+TINY = Setting("cpu", tiny=True)
+
+
+def part_of(**outcomes: Any) -> tuple[Part, list[str]]:
+    """A part whose rows give what is named, and the rows that were measured."""
+    measured: list[str] = []
+
+    def row(label: str) -> Any:
+        def run(setting: Setting) -> Outcome:
+            measured.append(label)
+            if isinstance(outcomes[label], Exception):
+                raise outcomes[label]
+            return Outcome({"figure": 1.0}, outcomes[label])
+
+        return run
+
+    return Part("attention", 1.0, lambda setting: {label: row(label) for label in outcomes}), measured
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "gpu_attention.json"
+    part, measured = part_of(good=True, told=None, bad=False)
+    record = run_part(part, TINY, path)
+    assert record["complete"] and json.loads(path.read_text())["rows"] == record["rows"]
+    run_part(part, TINY, path)
+    assert measured == ["good", "told", "bad", "bad"]  # only what failed
+    run_part(part, TINY, path, again=True)
+    assert measured[4:] == ["good", "told", "bad"]
+
+
+def test_rows_of_another_setting_do_not_count(tmp_path: Path) -> None:
+    part, measured = part_of(good=True)
+    run_part(part, TINY, tmp_path / "r.json")
+    run_part(part, Setting("cpu"), tmp_path / "r.json")
+    assert measured == ["good", "good"]
+
+
+def test_a_row_that_raises_fails_alone(tmp_path: Path) -> None:
+    part, _ = part_of(broken=ValueError("no such tile\nand more"), good=True)
+    record = run_part(part, TINY, tmp_path / "r.json")
+    assert record["rows"]["broken"]["figures"] == {"error": "ValueError: no such tile"}
+    assert gpu.verdict([record]) == 1 and gpu.verdict([None]) == 1
+    assert gpu.verdict([run_part(part_of(good=True)[0], TINY, tmp_path / "s.json")]) == 0
+    assert gpu.show(record).row_count == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "label"),
+    [
+        (gpu_tests.TESTS, "prefill bfloat16 128 documents"),
+        (gpu_tests.TESTS, "decode bfloat16 128 pages of 16"),
+        (gpu_tests.TESTS, "merge float32 64"),
+        (gpu_models.MODELS_PART, "decoder float32"),
+    ],
+)
+def test_numbers_agree(part: Part, label: str) -> None:
+    row = measure_row(part, label, TINY)
+    assert row["passed"] is True and 0 < row["figures"]["error"] < 0.02
+
+
+def test_every_kernel_of_the_catalogue_has_a_row() -> None:
+    assert list(gpu_tests.TESTS.rows(TINY)) == [sample.name for sample in aot.samples("attention")]
+
+
+@pytest.mark.parametrize("label", ["dense 64", "half of the heads local 128", "documents 128", "ten lengths"])
+def test_the_rows_of_attention_run(label: str) -> None:
+    row = measure_row(gpu_attention.ATTENTION, label, TINY)
+    assert "error" not in row["figures"] and row["passed"] in (None, True)
+
+
+@pytest.mark.parametrize("label", gpu_decode.DECODE.rows(TINY))
+def test_the_rows_of_decoding_run(label: str) -> None:
+    row = measure_row(gpu_decode.DECODE, label, TINY)
+    assert row["figures"]["share of the bandwidth of a copy"] > 0 and row["passed"] is None
+
+
+def test_live_tiles_are_those_with_a_visible_pair() -> None:
+    seen = torch.ones(64, 64, dtype=torch.bool).tril()[None, None]
+    assert gpu_attention._live_share(seen, 16, 16) == 10 / 16
+    assert gpu_attention._live_share(seen[..., :60], 64, 32) == 1.0
+
+
+def test_a_build_that_spills_or_misses_the_matrix_unit_fails() -> None:
+    entry = Entry("attention_prefill_1", (), (), {"sm_90": (64, 64, 4, 2)})
+    kernel = Kernel("attention_prefill_1", "", (entry,), ())
+    sample = Sample("attention", "prefill bfloat16 64", lambda: kernel)
+
+    def judged(spilled: int, units: dict[str, int], arch: str = "sm_90") -> str | None:
+        made = Build("e", b"", "cubin", "", "ptx", Resources(arch, (64, 64, 4, 2), 128, 1024, spilled, units))
+        return aot.row_of(sample, kernel, entry, arch, made).failure
+
+    assert judged(0, {"wgmma": 4}) is None and judged(0, {}, "sm_80") is None
+    assert judged(8, {"wgmma": 4}) == "spills 8 bytes a thread"
+    assert judged(0, {"mma": 4}) == "does not use wgmma"
+    assert aot.row_of(sample, kernel, entry, "sm_90", BuildError("refused")).failure == "refused"
