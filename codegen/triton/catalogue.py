@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from regraft.codegen.triton.attention_samples import attention_samples
 from regraft.codegen.triton.emit import Kernel
-from regraft.codegen.triton.gemm.samples import product_samples
+from regraft.codegen.triton.gemm.samples import experts_samples, product_samples
 from regraft.codegen.triton.rowwise.samples import rowwise_samples
 
 
@@ -32,6 +32,7 @@ FAMILIES: dict[str, Callable[[], dict[str, Callable[[], Kernel]]]] = {
     "attention": attention_samples,
     "rowwise": rowwise_samples,
     "product": product_samples,
+    "experts": experts_samples,
 }
 
 

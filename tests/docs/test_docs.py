@@ -41,6 +41,7 @@ def test_every_concept_has_a_page() -> None:
         "exactness",
         "lowering-cpu",
         "masks",
+        "regions",
         "reports",
         "placement",
         "placement-permute",

@@ -20,7 +20,7 @@ def product_configs(dtype: torch.dtype, accumulators: int, prologue: bool) -> di
 
 def _many(arch: str, dtype: torch.dtype, accumulators: int, prologue: bool) -> tuple[int, ...]:
     if dtype == torch.float32:
-        return (64, 64 // accumulators, 16, 4, 2)
+        return (64, 64, 16, 4, 2) if accumulators == 1 else (32, 32, 16, 4, 2)
     columns = 128 // min(2, accumulators)
     if prologue:
         return (64, columns, 64, 8, 2) if arch.startswith("sm_") else (64, columns, 32, 8, 2)

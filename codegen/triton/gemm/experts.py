@@ -70,6 +70,7 @@ def emit_experts(spec: ExpertsSpec, origins: tuple[Origin, ...] = ()) -> Kernel:
         kernel_arguments={name: [parameter.name for parameter in held] for name, held in parameters.items()},
         parameters=[f"{name}: Tensor" for name in spec.operands],
         arguments=list(spec.operands),
+        far=_far(spec),
         part_text=partial(_part_text, spec),
         launch_values=lambda kind: [_launch_value(spec, parameter.name) for parameter in parameters[kind]],
         common=torch.promote_types(spec.dtype, spec.routing),
@@ -92,6 +93,13 @@ def _part_text(spec: ExpertsSpec, weight: str, offset: int, step: int) -> str:
     if step != 1:
         return f"{weight}_rows[:, {offset}::{step}]"
     return f"{weight}_rows[:, {offset}:]" if offset else f"{weight}_rows[:, :{spec.intermediate}]"
+
+
+def _far(spec: ExpertsSpec) -> list[str]:
+    """How far the last number along a summed dim lies from the first, of each tensor: a tile's places are 32-bit."""
+    weights = dict.fromkeys([*(name for name, _, _ in spec.parts), "down"])
+    dim = 1 if spec.transposed else 2
+    return [f"hidden.stride(1) * {spec.hidden}", *(f"{name}.stride({dim}) * {name}.shape[{dim}]" for name in weights)]
 
 
 def _launch_value(spec: ExpertsSpec, name: str) -> str:

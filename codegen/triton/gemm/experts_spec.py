@@ -99,7 +99,9 @@ def experts_spec(node: fx.Node) -> ExpertsSpec:
         experts=experts,
         hidden=hidden,
         intermediate=intermediate,
-        **{f"{name}_bias": given[f"{name}_bias"] is not None for name in ("first", "up", "down")},
+        first_bias=given["first_bias"] is not None,
+        up_bias=given["up_bias"] is not None,
+        down_bias=given["down_bias"] is not None,
         **{name: given[name] for name in options},
     )
     for name in spec.operands[3:]:

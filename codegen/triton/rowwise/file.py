@@ -92,6 +92,7 @@ class RegionFile:
             "axis_names": axes,
             "assigned": _assigned(axes),
             "row_count": " * ".join(axes) or "1",
+            "columns_of": self._columns_of() or ["1"],
             "axis_tuple": f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})",
             "check_lines": self._check_lines(),
             "outputs": [
@@ -177,6 +178,15 @@ class RegionFile:
 
     def _argument(self, view: View) -> str:
         return view.node.name if view in self.reads else view.name
+
+    def _columns_of(self) -> list[str]:
+        """For each tensor with columns, how far its last column lies from the first: places in a row are 32-bit."""
+        found = [
+            f"{self._argument(view)}.stride({view.labels.index(COLUMN)}) * {shape(view.node)[-1]}"
+            for view in (*self.reads, *self.writes)
+            if view.wide
+        ]
+        return list(dict.fromkeys([*found, *(f"{node.name}.stride(1) * {shape(node)[1]}" for node in self.weights)]))
 
     def _index_lines(self) -> list[str]:
         if not self.axes:

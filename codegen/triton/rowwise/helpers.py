@@ -16,6 +16,12 @@ def row_min(values):
     odd = tl.max((values != values).to(tl.int32), 1, keep_dims=True) > 0
     return tl.where(odd, float("nan"), tl.min(values, 1, keep_dims=True))
 ''',
+    "clamp": '''
+def clamp(x, lowest, highest):
+    """Numbers between two bounds; what is no number stays."""
+    raised = tl.maximum(x, lowest, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(raised, highest, propagate_nan=tl.PropagateNan.ALL)
+''',
     "tanh": '''
 def tanh(x):
     """Hyperbolic tangent; a polynomial near zero, where the exponentials would cancel."""

@@ -7,22 +7,27 @@ Regions that are the same computation share a kernel.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
 from torch import fx
+from torch._subclasses import FakeTensorMode
 
 from regraft.codegen.triton.emit import Kernel, Origin
 from regraft.codegen.triton.load import load_kernel
 from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.emit import RegionKernel, emit_region, memory_order
 from regraft.codegen.triton.rowwise.partition import Left, Region, find_regions
+from regraft.ir.exactness import Exactness
 from regraft.ir.nodes import arguments, is_tensor, user_line
 from regraft.ir.program import Program
+from regraft.ir.records import Application, Log, Refusal
 
 RULE = "row-wise region"
+_LOGGED, _PASS = "region-kernel", "lowering"
+Emit = Callable[[Sequence[fx.Node], Sequence[fx.Node], FakeTensorMode, tuple[Origin, ...]], RegionKernel]
 
 
 @dataclass(frozen=True)
@@ -43,29 +48,49 @@ class RegionReport:
     left: list[Left] = field(default_factory=list)
     kernels: dict[str, Kernel] = field(default_factory=dict)
 
+    def tell(self, log: Log) -> None:
+        """Enter the sites into a program's log: a kernel is one more rewrite, compared with the whole at the end."""
+        statistics = log.of(_LOGGED)
+        statistics.tried += len(self.placed) + len(self.left)
+        statistics.fired += len(self.placed)
+        statistics.refused += len(self.left)
+        for site in self.placed:
+            number, kind = len(log.applications) + 1, Exactness.REASSOCIATED.value
+            log.applications.append(
+                Application(_LOGGED, _PASS, kind, number, site.nodes, (site.kernel,), user_line=site.user_line)
+            )
+        for item in self.left:
+            log.refusals.append(Refusal(_LOGGED, _PASS, "requirement", item.node, item.reason, item.user_line))
 
-def lower_regions(program: Program) -> RegionReport:
+
+def lower_regions(program: Program, report: RegionReport | None = None) -> RegionReport:
     """Replace the row-wise regions of a program, in place, by calls of their kernels."""
+    report = report or RegionReport()
     found = find_regions(program)
-    report = RegionReport(left=list(found.left))
+    report.left += found.left
+    place_alike(program, found.regions, report, emit_region)
+    return report
+
+
+def place_alike(program: Program, regions: Sequence[Region], report: RegionReport, emit: Emit) -> None:
+    """Put kernels in the place of regions; those that are the same computation share one."""
     alike: dict[Any, list[Region]] = {}
-    for region in found.regions:
+    for region in regions:
         alike.setdefault(structure(region), []).append(region)
-    for regions in alike.values():
-        origins = tuple(Origin.of(node) for region in regions for node in region.nodes)
+    for group in alike.values():
+        origins = tuple(Origin.of(node) for region in group for node in region.nodes)
         try:
-            first = emit_region(regions[0].nodes, regions[0].outputs, program.fake_mode, origins)
+            first = emit(group[0].nodes, group[0].outputs, program.fake_mode, origins)
         except Unfusable as reason:
-            report.left += [Left(n.name, str(reason), user_line(n)) for region in regions for n in region.nodes]
+            report.left += [Left(n.name, str(reason), user_line(n)) for region in group for n in region.nodes]
             continue
         report.kernels[first.kernel.name] = first.kernel
-        places = [reads(regions[0]).index(node) for node in first.inputs]
-        for region in regions:
+        places = [reads(group[0]).index(node) for node in first.inputs]
+        for region in group:
             held = reads(region)
             report.placed.append(_place(program, region, first, [held[place] for place in places]))
     _sort(program)
     program.module.recompile()
-    return report
 
 
 def _place(program: Program, region: Region, made: RegionKernel, inputs: list[fx.Node]) -> Placed:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.codegen.triton.rowwise.primitives import REDUCTIONS, is_copy, operator_word, pointwise
+from regraft.codegen.triton.rowwise.primitives import COMPARISONS, REDUCTIONS, is_copy, operator_word, pointwise
 from regraft.ir import ops
 from regraft.ir.nodes import arguments, is_tensor, rank, shape
 from regraft.ir.pointwise import is_pointwise
@@ -24,6 +24,18 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TYPES = (*FLOATS, torch.bool, *_INTEGERS)
 #: Operators that give whole numbers.
 _WHOLE = ("add", "sub", "rsub", "mul", "neg", "abs", "where", "masked_fill", "bitwise_and", "bitwise_or", "bitwise_xor")
+
+#: Operators that give truth values.
+_TRUTHS = (
+    *COMPARISONS,
+    "logical_xor",
+    "where",
+    "masked_fill",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "bitwise_not",
+)
 
 
 def interleave(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
@@ -88,7 +100,13 @@ def _types(node: fx.Node, step: Step) -> str | None:
     counts = isinstance(made, torch.Tensor) and made.dtype in _INTEGERS
     if counts and step.kind is Kind.POINTWISE and not (word in _WHOLE or step.moves or is_copy(node)):
         return f"{word} of whole numbers has no row-wise kernel"
+    truth = isinstance(made, torch.Tensor) and made.dtype == torch.bool
+    if truth and step.kind is Kind.POINTWISE and not (word in _TRUTHS or step.moves or is_copy(node)):
+        return f"{word} of truth values has no row-wise kernel"
     values = [node.meta.get("val"), *(operand.meta.get("val") for operand in step.tensors)]
+    devices = {tensor.device for tensor in values if isinstance(tensor, torch.Tensor)}
+    if len(devices) > 1:
+        return f"{node.name} works on {' and '.join(sorted(map(str, devices)))}"
     for value in values:
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:

@@ -165,13 +165,12 @@ def _scaled(word: str, text: str) -> Any:
 
 
 def _clamp(given: dict[str, Any]) -> tuple[Pointwise, list[Any]] | None:
-    bounds = [given.get("min"), given.get("max")]
-    text, operands = "{0}", [given["self"]]
-    for bound, shape in zip(bounds, (_MAXIMUM, _MINIMUM), strict=True):
-        if bound is not None:
-            text = shape.format(text, f"{{{len(operands)}}}")
-            operands.append(bound)
-    return _exact(text), operands
+    lowest, highest = given.get("min"), given.get("max")
+    if lowest is None:
+        return _exact(_MINIMUM), [given["self"], highest]
+    if highest is None:
+        return _exact(_MAXIMUM), [given["self"], lowest]
+    return Pointwise("clamp({0}, {1}, {2})", exact=True, helpers=("clamp",)), [given["self"], lowest, highest]
 
 
 def _hardtanh(given: dict[str, Any]) -> tuple[Pointwise, list[Any]] | None:

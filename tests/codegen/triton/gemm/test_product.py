@@ -136,3 +136,8 @@ def test_no_rows(run: Run) -> None:
 def test_what_is_no_kernel_says_why(function: Callable[..., Any], reason: str) -> None:
     with pytest.raises(Unfusable, match=reason):
         product_of(captured(function, (draw(5, 40), draw(24, 40))))
+
+
+def test_the_operator() -> None:
+    program = captured(gated, (draw(*ROWS), draw(48, 40)))
+    torch.library.opcheck(load_kernel(product_of(program).kernel).operator._opoverload, (draw(*ROWS), draw(48, 40)))

@@ -113,3 +113,8 @@ def test_weights_alone_are_not_computed_at_run_time() -> None:
             return x @ (self.weight.exp() * 2)
 
     assert not found(Model(), X).regions
+
+
+def test_arithmetic_of_truth_values_is_refused() -> None:
+    partition = found(lambda x: (x > 0) * (x < 1) | (x == 0), X)
+    assert any("truth values" in item.reason for item in partition.left)

@@ -30,7 +30,7 @@ def row_max(values):
 
 
 @triton.jit
-def rowwise_619146a5(
+def rowwise_df9b004c(
     x,
     out,
     row_count,
@@ -131,12 +131,13 @@ def launch(x: Tensor, config: tuple[int, ...] | None = None) -> Tensor:
     row_count = row
     if row_count == 0:
         return out
-    if row_count >= 2**31:
+    reach = max(row_count, x.stride(1) * 20000, out.stride(1) * 20000)
+    if reach >= 2**31:  # farther than a kernel counts
         return reference(x)
     block_rows, block_columns, warps, stages = config or tiles(x.device)
     grid = (triton.cdiv(row_count, block_rows),)
     with torch.cuda.device_of(x):
-        rowwise_619146a5[grid](
+        rowwise_df9b004c[grid](
             x,
             out,
             row_count,
@@ -152,7 +153,7 @@ def launch(x: Tensor, config: tuple[int, ...] | None = None) -> Tensor:
     return out
 
 
-@torch.library.custom_op("regraft_kernels::rowwise_619146a5", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::rowwise_df9b004c", mutates_args=(), device_types="cpu")
 def operator(x: Tensor) -> Tensor:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     outputs = _fake(x)

@@ -30,7 +30,7 @@ def as_bfloat16(x):
 
 
 @triton.jit
-def rowwise_4441a696(
+def rowwise_630c3441(
     x,
     weight,
     cos,
@@ -183,12 +183,20 @@ def launch(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, config: tuple[in
     row_count = axis_0 * axis_1 * axis_2
     if row_count == 0:
         return out
-    if row_count >= 2**31:
+    reach = max(
+        row_count,
+        x.stride(3) * 128,
+        weight.stride(0) * 128,
+        cos.stride(1) * 96,
+        sin.stride(1) * 96,
+        out.stride(3) * 128,
+    )
+    if reach >= 2**31:  # farther than a kernel counts
         return reference(x, weight, cos, sin)
     block_rows, warps, stages = config or tiles(x.device)
     grid = (triton.cdiv(row_count, block_rows),)
     with torch.cuda.device_of(x):
-        rowwise_4441a696[grid](
+        rowwise_630c3441[grid](
             x,
             weight,
             cos,
@@ -217,7 +225,7 @@ def launch(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, config: tuple[in
     return out
 
 
-@torch.library.custom_op("regraft_kernels::rowwise_4441a696", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::rowwise_630c3441", mutates_args=(), device_types="cpu")
 def operator(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     outputs = _fake(x, weight, cos, sin)
