@@ -1,5 +1,5 @@
-"""Lowering a program to a GPU: attention becomes emitted kernels, each in a file of its own; the rest runs as PyTorch
-has it, semantic operators as their references.
+"""Lowering a program to a GPU: attention, routed experts and row-wise regions become emitted kernels, each in a file of
+its own; the rest runs as PyTorch has it, semantic operators as their references.
 
 On CPU tensors the lowered graph runs too: the operator of a kernel is its definition there. So a program is lowered,
 checked and saved for a GPU on a machine without one.
@@ -18,6 +18,7 @@ from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.executable import Executable
 from regraft.codegen.triton.attention_lower import OPERATORS, AttentionPlan, Choice, refused_text
 from regraft.codegen.triton.emit import Kernel
+from regraft.codegen.triton.gemm.lower import lower_kernels
 from regraft.ir.exactness import Exactness
 from regraft.ir.nodes import user_line
 from regraft.ir.program import Program
@@ -39,6 +40,8 @@ class KernelExecutable(Executable):
 
 def lower(program: Program, log: Log | None = None) -> KernelExecutable:
     """The program as an executable for a GPU; ``log`` is told which sites have a kernel, and why others have none."""
+    program = program.copy()  # regions are replaced in place
+    regions = lower_kernels(program)
     attention = AttentionPlan.of(program.graph)
     lowerings: dict[Any, Lowering] = dict.fromkeys(OPERATORS, attention.lower)
     context = Context(torch.nn.Module(), fx.Graph(), program=program)
@@ -53,8 +56,9 @@ def lower(program: Program, log: Log | None = None) -> KernelExecutable:
     choices = tuple(attention.choices.values())
     if log is not None:
         _tell(log, choices)
+        regions.tell(log)
     module = fx.GraphModule(context.root, context.graph)
-    return KernelExecutable(module, tuple(attention.kernels.values()), choices)
+    return KernelExecutable(module, (*attention.kernels.values(), *regions.kernels.values()), choices)
 
 
 def _as_it_is(context: Context, node: fx.Node) -> fx.Node:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from regraft.codegen.triton.gemm.lower import lower_kernels
+from regraft.codegen.triton.lower import lower
 from regraft.codegen.triton.rowwise.lower import RegionReport
 from regraft.ir.capture import capture
 from regraft.ir.driver import Session
 from regraft.ir.program import Program
+from regraft.ir.records import Log
 from regraft.passes.pipeline import default_pipeline
 
 
@@ -133,3 +135,16 @@ def test_experts_of_a_model_keep_its_outputs() -> None:
     """Whatever of a dense mixture is recognised, its outputs stay."""
     torch.manual_seed(0)
     outputs_stay(Experts(), torch.randn(9, 16))
+
+
+def test_the_lowering_for_a_gpu_holds_them_and_tells() -> None:
+    torch.manual_seed(0)
+    model, x, log = Feed().eval(), torch.randn(2, 5, 16), Log()
+    program = capture(model, (x,))
+    default_pipeline("cuda").run(program, Session(verify="off"))
+    calls = len(program.graph.nodes)
+    executable = lower(program, log)
+    torch.testing.assert_close(executable(x)[0], model(x), rtol=1e-4, atol=1e-5)
+    assert {kernel.name.partition("_")[0] for kernel in executable.kernels} == {"rowwise"}
+    assert log.statistics["region-kernel"].fired == len(log.applications) > 0
+    assert len(program.graph.nodes) == calls  # the program itself stays
