@@ -40,6 +40,7 @@ def test_every_concept_has_a_page() -> None:
         "capture",
         "exactness",
         "lowering-cpu",
+        "lowering-triton",
         "masks",
         "regions",
         "reports",
