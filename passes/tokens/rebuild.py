@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from regraft.ir import ops
+from regraft.ir.capture_error import first_line
 from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, shape
 from regraft.ir.program import Program
 from regraft.ir.verify import check_shapes
@@ -70,7 +71,13 @@ class Rebuild:
         if writer is None:
             self._unmerge(build, old)
             return
-        made = writer(self, build, old, step, stage)
+        try:
+            made = writer(self, build, old, step, stage)
+        except Refused:
+            raise
+        except Exception as error:  # an operator's fake kernel may ask for a size that only the data tell
+            said = first_line(error)
+            raise Refused(f"{old.target} cannot be written for another number of tokens ({said})", old) from error
         if step.layout is None:
             self.settled[old] = made
         else:

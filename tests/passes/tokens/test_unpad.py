@@ -20,6 +20,12 @@ def unpadded(program: Program, zero_padding: bool = False) -> Session:
     return session
 
 
+def skip_where_refused(kind: str) -> None:
+    """The fake kernel of a linear layer without bias wants sizes that it knows before torch 2.13."""
+    if kind == "modernbert" and torch.__version__ < "2.13":
+        pytest.skip("this torch cannot tell the shape of a linear layer of as many tokens as the data say")
+
+
 def flat(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return given["input_ids"], given["attention_mask"]
 
@@ -36,6 +42,7 @@ MASKS = {
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_a_mean_over_tokens_is_the_same_whatever_is_padded(kind: str, implementation: str) -> None:
+    skip_where_refused(kind)
     given = texts((16, 10, 3))
     program = recognised(MeanOfTokens(tiny(kind, implementation)), given)
     before = program.copy()
@@ -68,6 +75,7 @@ def test_tokens_read_by_place_are_computed_even_where_they_are_padding(kind: str
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_an_output_of_every_token_is_refused_or_zero_at_the_padding(kind: str) -> None:
+    skip_where_refused(kind)
     given = texts((16, 10, 3))
     program = recognised(tiny(kind), given)
     code, before = str(program.graph), program.copy()
