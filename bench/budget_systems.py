@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.digits.model import data, trained
 from bench.prose import passages
 
 Batch = tuple[Tensor, ...]
@@ -86,65 +87,13 @@ def minilm(batch: int = 8, tokens: int = 128, calibration: int = 12, fresh: int 
     return System("minilm", module, (ids[bank_size:], there[bank_size:]), batch, calibration, fresh, limit=0.02)
 
 
-class DigitsTransformer(nn.Module):
-    """A vision transformer on 8x8 grey images ``[batch, 1, 8, 8]``: a token for each pixel with its neighbours, and a
-    class token. Returns logits ``[batch, 10]``."""
-
-    def __init__(self, width: int = 48, layers: int = 4, heads: int = 4) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, width, 3, padding=1)
-        self.first = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 65, width))
-        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.patches(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.first.expand(len(images), -1, -1), tokens], dim=1) + self.positions
-        logits: Tensor = self.head(self.norm(self.encoder(tokens)[:, 0]))
-        return logits
-
-
-def digits(batch: int = 32, calibration: int = 12, fresh: int = 14, train: int = 900, epochs: int = 30) -> System:
-    """A small vision transformer trained here on some of scikit-learn's digits, and used on the others."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-
-    held = load_digits()
-    images = torch.tensor(held.images, dtype=torch.float32)[:, None] / 16.0
-    labels = torch.tensor(held.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    torch.manual_seed(0)
-    model = DigitsTransformer()
-    fit(model, images[:train], labels[:train], epochs)
-    rest = images[train:]
-    with torch.no_grad():
-        right = (model(rest).argmax(-1) == labels[train:]).float().mean()
-    print(f"digits: {len(rest)} images that were not trained on, {float(right):.1%} right")
-    return System("digits", model, (rest,), batch, calibration, fresh, limit=0.01)
-
-
-def fit(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch: int = 50) -> None:
-    """Cross-entropy by AdamW, the images shifted by up to a pixel; leaves the model in eval mode."""
-    steps = epochs * (len(images) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    model.train()
-    for _ in range(epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for at in range(0, len(order) - batch + 1, batch):
-            place = order[at : at + batch]
-            shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
-            loss = nn.functional.cross_entropy(model(images[place].roll(shift, (2, 3))), labels[place])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
+def digits(batch: int = 20, calibration: int = 12, fresh: int = 14) -> System:
+    """The small vision transformer of bench.digits, on the images that it was not trained on."""
+    _, rest = data()
+    model = trained(seed=0)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    return System("digits", model, (rest.images,), batch, calibration, fresh, limit=0.01)
 
 
 SYSTEMS: dict[str, Callable[[], System]] = {"digits": digits, "minilm": minilm}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from regraft.passes.budget.estimate import Estimate, estimate
 from regraft.passes.budget.metric import metric_name
 from regraft.passes.budget.neighbours import Space
 from regraft.passes.budget.offers import OFFERS
+from regraft.passes.budget.probing import WORTH_IT
 from regraft.passes.budget.search import Found, search
 from regraft.passes.budget.token_sites import find_token_sites
 from regraft.passes.budget.trials import Clock, Tried
@@ -47,13 +49,16 @@ class Spending:
 def spend(spending: Spending, exact: Build, model: nn.Module, target: str, verify: str) -> tuple[Build, BudgetReport]:
     """The fastest model within the budget that was found, with what was found out; ``exact`` itself where there is
     none, or where the budget or the calibration is refused."""
-    budget = spending.budget
+    budget, started = spending.budget, time.perf_counter()
     if budget.limit == 0:
         return exact, _report(budget, kept_exact="a budget of 0 leaves the exact model")
     try:
-        return _spend(spending, exact, model, target, verify)
+        made, told = _spend(spending, exact, model, target, verify)
     except BudgetError as error:
-        return exact, _report(budget, refused=str(error))
+        made, told = exact, _report(budget, refused=str(error))
+    own = sum(made.phases.values()) if made is not exact else 0.0
+    made.phases["accuracy budget"] = time.perf_counter() - started - own
+    return made, told
 
 
 def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, verify: str) -> tuple[Build, BudgetReport]:
@@ -69,9 +74,14 @@ def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, veri
         return exact, _told(budget, found, rehearsal, None, None)
     made = _finished(exact, found.chosen, target, verify)
     held = estimate(rehearsal.held_out_by(made.entry.executable), budget.confidence, budget.is_rate)
-    if not held.within(budget.limit):  # other kernels than those that were rehearsed
-        found.why = f"the finished model loses {held.mean:.2g} on held-out data, more than it did when it was tried"
+    ratio = rehearsal.ratio_of(made.entry.executable)
+    if not (held.within(budget.limit) and ratio <= WORTH_IT):  # it may have other kernels than when it was tried
+        found.why = (
+            f"the finished model loses {held.mean:.2g} on held-out data and takes {ratio:.2f} of the exact model's "
+            "time, more than when it was tried"
+        )
         return exact, _told(budget, found, rehearsal, None, None)
+    found.chosen.seconds = ratio * rehearsal.exact_seconds
     return made, _told(budget, found, rehearsal, found.chosen, held)
 
 

@@ -316,12 +316,7 @@ class CompiledModule(StandIn):
         """The model within the accuracy budget; the exact one, and why, where there is none."""
         from regraft.budget import spend
 
-        started = time.perf_counter()
         made, self._report.budget = spend(spending, exact, model, self._options.target, self._options.verify)
-        seconds = time.perf_counter() - started
-        if made is not exact:
-            seconds -= sum(made.phases.values())  # told on their own
-        made.phases = {**made.phases, "accuracy budget": seconds}
         if self._report.budget.refused:
             self._event("budget", f"{self._report.budget.refused}; the model is the exact one")
         return made

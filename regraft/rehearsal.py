@@ -112,8 +112,10 @@ class Rehearsal:
     def ratio(self, composition: Composition, thorough: bool = False) -> float:
         """The lowered model's time over the exact one's."""
         executable = self._executable(composition)
-        if executable is None:
-            return math.nan
+        return math.nan if executable is None else self.ratio_of(executable, thorough)
+
+    def ratio_of(self, executable: Executable, thorough: bool = True) -> float:
+        """The same of a finished model."""
         exact = self._entry.executable
         return _ratio(
             lambda: exact(*self._example), lambda: executable(*self._example), *(_THOROUGH if thorough else _QUICK)

@@ -22,7 +22,8 @@ from regraft.passes.budget.trials import Array, Clock, Trials, Tried
 from regraft.solvers.schedule.choice import Choice
 
 _LADDER = 14  # limits that the solvers are asked about
-_FINALISTS = 4
+_FINALISTS = 5
+_ALIKE = 0.03  # part by which times vary from one measurement to the next
 _SEARCH, _TRIES = 0.3, 10  # the part of the time that so many tries are to take
 _FEWEST = 16  # samples of a try
 _FAILURES = 16  # neighbours of the best composition that are tried before it is taken for the best
@@ -198,15 +199,24 @@ class _Search:
                 composition = space.composition(choice)
                 if composition:
                     self._try(composition, space)
-        return sorted(fitting(), key=lambda tried: tried.predicted_seconds)[:_FINALISTS]
+        ordered = sorted(fitting(), key=lambda tried: tried.predicted_seconds)
+        spent = sorted(ordered[_FINALISTS - 1 :], key=lambda tried: -tried.predicted_loss)[:1]
+        return [*ordered[: _FINALISTS - 1], *spent]  # predicted times may be wrong: what gives up most may be fast, too
 
     def _timed(self, finalists: Sequence[Tried]) -> Iterator[Tried]:
-        """Finalists with their measured time, the fastest first."""
+        """Finalists with their measured time, the fastest first; among those that are as fast as it but for what times
+        vary by, the ones that lose least."""
         for tried in finalists:
             if tried.seconds is None:
                 ratio = self.trials.ratio(tried.composition, thorough=True)
                 tried.seconds = ratio * self.trials.exact_seconds if math.isfinite(ratio) else math.inf
-        yield from sorted(finalists, key=lambda tried: tried.seconds or math.inf)
+        left = list(finalists)
+        while left:
+            fastest = min(tried.seconds or math.inf for tried in left)
+            alike = [tried for tried in left if (tried.seconds or math.inf) <= fastest * (1 + _ALIKE)]
+            best = min(alike, key=lambda tried: tried.loss.mean if tried.loss is not None else math.inf)
+            left.remove(best)
+            yield best
 
     def _why(self) -> str:
         limit = f"{self.budget}"

@@ -170,6 +170,17 @@ def test_too_few_samples_for_a_rate_are_refused() -> None:
         search(Arithmetic(samples=20), Budget("top1", 0.01), [], SITES)
 
 
+def test_of_models_that_are_alike_in_time_the_one_that_loses_least_is_taken() -> None:
+    class Alike(Arithmetic):
+        def ratio(self, composition: Composition, thorough: bool = False) -> float:
+            return 0.8 if thorough else super().ratio(composition)
+
+    found = search(Alike(), Budget("kl", 5e-3), [], SITES)
+    timed = [tried for tried in found.tried if tried.seconds is not None and tried.loss is not None]
+    assert found.chosen is not None and found.chosen.loss is not None and len(timed) > 1
+    assert found.chosen.loss.mean == min(tried.loss.mean for tried in timed if tried.loss is not None)
+
+
 def test_the_same_seed_gives_the_same_answer() -> None:
     first, second = (search(Arithmetic(), Budget("kl", 5e-3), [], SITES).chosen for _ in range(2))
     assert first is not None and second is not None and first.composition == second.composition
