@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -62,9 +62,9 @@ def _masked(mask: str, setting: Setting) -> Outcome:
     spec, sizes = AttentionSpec(torch.bfloat16, 128, 128, mask), _sizes(128, setting)
     given = attention_operands(spec, sizes, setting.device)
     seen = _seen(spec, sizes, given)
-    calls, _ = _calls(spec, sizes, setting, given, seen)
-    whole, pairs = _calls(AttentionSpec(torch.bfloat16, 128, 128, empty_rows="zero"), sizes, setting)
-    times = device_times(calls | {"without a mask": whole["regraft"]}, setting)
+    calls, pairs = _calls(spec, sizes, setting, given, seen)
+    whole = AttentionSpec(torch.bfloat16, 128, 128, empty_rows="zero")
+    times = device_times(calls | {"without a mask": _kernel_call(whole, given)}, setting)
     tiles = load_kernel(emit_prefill(spec)).tiles(torch.device(setting.device))
     live = _live_share(seen, *tiles[:2])
     share = float(seen.float().mean())
@@ -84,19 +84,22 @@ def _calls(
 ) -> tuple[dict[str, Callable[[], Any]], int]:
     """The kernel and its peers on the same operands, and how many pairs of query and key there are."""
     given = given or attention_operands(spec, sizes, setting.device)
-    kernel = emit_prefill(spec)
-    operator = load_kernel(kernel).operator
-    operands = [given[name] for name in kernel.operands]
     query, key, value = (given[name] for name in ("query", "key", "value"))
-    calls: dict[str, Callable[[], Any]] = {"regraft": lambda: operator(*operands)}
+    calls = {"regraft": _kernel_call(spec, given)}
     if seen is not None:
         calls["sdpa with a dense mask"] = lambda: F.scaled_dot_product_attention(query, key, value, seen)
     if seen is None or spec.mask == "band(None,0)":
         for name in ("flash", "cudnn"):
             calls[f"sdpa {name}"] = partial(_sdpa, name, query, key, value, seen is not None)
     if setting.on_gpu:
-        calls |= _flex_calls(spec, sizes, query, key, value, seen)
+        calls |= _flex_calls(spec, sizes, given, seen)
     return calls, sizes.batch * sizes.kv_heads * sizes.group * sizes.queries * sizes.keys
+
+
+def _kernel_call(spec: AttentionSpec, given: dict[str, Any]) -> Callable[[], Any]:
+    kernel = emit_prefill(spec)
+    operator, operands = load_kernel(kernel).operator, [given[name] for name in kernel.operands]
+    return lambda: operator(*operands)
 
 
 def _sdpa(backend: str, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
@@ -108,43 +111,56 @@ def _sdpa(backend: str, query: Tensor, key: Tensor, value: Tensor, causal: bool)
 
 
 def _flex_calls(
-    spec: AttentionSpec, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None
+    spec: AttentionSpec, sizes: Sizes, given: dict[str, Any], seen: Tensor | None
 ) -> dict[str, Callable[[], Any]]:
-    """FlexAttention compiled, alone and with the building of its mask; the mask reads the dense one, as a model's mask
-    of unknown form must, where it has no tensors of its own."""
+    """FlexAttention compiled, alone and with the building of its mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.reset()  # beyond a number of masks it would run eagerly, without a word
     attend = torch.compile(flex_attention, dynamic=False)
+    query, key, value = (given[name] for name in ("query", "key", "value"))
     if seen is None:
         return {"flex": lambda: attend(query, key, value)}
-    rule = _flex_rule(spec, seen)
-    heads = seen.shape[1] if seen.shape[1] > 1 and spec.mask.count("heads(") else None
+    rule, heads = _flex_rules(given)[spec.mask], seen.shape[1] if "heads(" in spec.mask else None
     build = torch.compile(create_block_mask, dynamic=False)
 
     def made() -> Any:
         return build(rule, sizes.batch, heads, sizes.queries, sizes.keys, device=query.device)
 
-    block_mask = made()
+    once = cache(made)
     return {
-        "flex": lambda: attend(query, key, value, block_mask=block_mask),
+        "flex": lambda: attend(query, key, value, block_mask=once()),
         "flex with its mask": lambda: attend(query, key, value, block_mask=made()),
     }
 
 
-def _flex_rule(spec: AttentionSpec, seen: Tensor) -> Callable[..., Any]:
-    """A mask as FlexAttention takes it: by index where the predicate is one of indices, else from the dense mask."""
-    by_index: dict[str, Callable[..., Any]] = {
+def _flex_rules(given: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+    """Masks as FlexAttention takes them, by predicate; tensors are those that the kernel reads."""
+    left, right = given.get("mask_0"), given.get("mask_1")
+
+    def documents(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert left is not None and right is not None
+        return (left[b, q] == right[b, k]) & (k <= q)
+
+    def padding(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert left is not None
+        return left[b, k]
+
+    def lengths(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert left is not None
+        return (k < left[b]) & (k <= q)
+
+    return {
         "band(None,0)": lambda b, h, q, k: k <= q,
         MASKS["window"]: lambda b, h, q, k: (k <= q) & (q - k <= 511),
         MASKS["sink+window"]: lambda b, h, q, k: (k <= q) & ((k < 4) | (q - k <= 511)),
         MASKS["chunks"]: lambda b, h, q, k: q // 256 == k // 256,
         MASKS["prefix"]: lambda b, h, q, k: (k < 64) | (k <= q),
         MASKS["half of the heads local"]: lambda b, h, q, k: (k <= q) & ((h < 8) | (q - k <= 511)),
+        MASKS["documents"]: documents,
+        MASKS["padding"]: padding,
+        MASKS["lengths"]: lengths,
     }
-    if spec.mask in by_index:
-        return by_index[spec.mask]
-    flat = seen[:, 0]
-    return lambda b, h, q, k: flat[b, q, k]
 
 
 def _seen(spec: AttentionSpec, sizes: Sizes, given: dict[str, Any]) -> Tensor:

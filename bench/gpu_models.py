@@ -48,7 +48,7 @@ class _Compiled:
 
 def rows(setting: Setting) -> dict[str, Row]:
     """Each model in two element types."""
-    return {f"{name} {dtype}": partial(_row, name, dtype) for name in MODELS for dtype in ("bfloat16", "float32")}
+    return {f"{name} {dtype}": partial(_row, name, dtype) for dtype in ("bfloat16", "float32") for name in MODELS}
 
 
 def _row(name: str, dtype_name: str, setting: Setting) -> Outcome:
@@ -87,8 +87,8 @@ def _regraft(model: nn.Module, x: Tensor) -> tuple[Any, float]:
 def _peers(model: nn.Module, x: Tensor) -> dict[str, _Compiled]:
     """``torch.compile`` in its modes, each with the seconds of its first call; a mode that fails is left out."""
     found: dict[str, _Compiled] = {}
+    torch._dynamo.reset()
     for label, mode in _MODES.items():
-        torch._dynamo.reset()
         run = torch.compile(model, mode=mode)
         started = time.perf_counter()
         try:

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from bench import aot, gpu, gpu_attention, gpu_decode, gpu_models, gpu_tests
+from bench.gpu_operands import Sizes, attention_operands
 from bench.gpu_rows import Outcome, Part, Setting, measure_row, run_part
+from regraft.codegen.triton.attention_samples import MASKS
+from regraft.codegen.triton.attention_spec import AttentionSpec
 from regraft.codegen.triton.build import Build, BuildError, Resources
 from regraft.codegen.triton.catalogue import Sample
 from regraft.codegen.triton.emit import Entry, Kernel
@@ -89,6 +92,18 @@ def test_the_rows_of_attention_run(label: str) -> None:
 def test_the_rows_of_decoding_run(label: str) -> None:
     row = measure_row(gpu_decode.DECODE, label, TINY)
     assert row["figures"]["share of the bandwidth of a copy"] > 0 and row["passed"] is None
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "dense"])
+def test_flex_gets_the_same_mask(name: str) -> None:
+    """The rule of a peer says what the predicate says, for the tensors that both read."""
+    spec, sizes = AttentionSpec(torch.bfloat16, 16, 16, MASKS[name]), Sizes(2, 12, 1, 700, 700)
+    given = attention_operands(spec, sizes, "cpu")
+    seen = gpu_attention._seen(spec, sizes, given)
+    batch, head, row, key = (torch.arange(size) for size in (2, seen.shape[1], 700, 700))
+    index = batch[:, None, None, None], head[:, None, None], row[:, None], key
+    rule = gpu_attention._flex_rules(given)[MASKS[name]](*index)
+    assert torch.equal(torch.as_tensor(rule).expand(seen.shape), seen)
 
 
 def test_live_tiles_are_those_with_a_visible_pair() -> None:
