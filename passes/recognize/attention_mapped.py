@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from regraft.ir import ops
+from regraft.ir.matcher import TakenStep
 from regraft.ir.nodes import Builder, is_call, is_tensor, rank, shape, size_equal
 from regraft.ir.pattern import (
     Operator,
@@ -26,6 +27,7 @@ from regraft.ir.pattern import (
     reshape,
     scalar,
     sigmoid,
+    sub,
     tanh,
     to_dtype,
     variable,
@@ -67,6 +69,8 @@ class RecognizeMappedAttention(Rule):
             divide=lambda s: div(s, scalar("divisor")),
             softcap=_softcapped,
             add=lambda s: add(s, variable("addend")),
+            raised=lambda s: add(s, scalar("shift")),
+            lowered=lambda s: sub(s, scalar("shift")),
             where_other=lambda s: where_other(variable("condition"), s, scalar("fill")),
             where_self=lambda s: where_self(variable("condition"), scalar("fill"), s),
             where_tensor=lambda s: where(variable("condition"), s, variable("fill")),
@@ -112,9 +116,19 @@ class RecognizeMappedAttention(Rule):
     def replace(self, match: Match, build: Builder) -> Replacement:
         site = match.facts["site"]
         given = build_operands(build, site.heads, site.scores, site.masks)
+        query, key, value, tensors, bias, slopes = given.tensors
+        if site.shift:
+            device = query.meta["val"].device
+            shift = build.call(aten.full.default, [1, 1, 1, 1], site.shift, dtype=torch.float32, device=device)
+            bias = shift if bias is None else build.call(aten.add.Tensor, bias, shift)
         node = build.call(
             ops.attention_mapped,
-            *given.tensors,
+            query,
+            key,
+            value,
+            tensors,
+            bias,
+            slopes,
             scale=given.scale,
             weight=match.phi,
             mask=given.mask,
@@ -132,12 +146,15 @@ class _Site:
     masks: Masks
     normaliser: str
     constant: float
+    #: a number that is added to all scores
+    shift: float
     #: nodes that compute the normaliser, which may read the weights
     divisors: tuple[fx.Node, ...]
 
 
 def _read(match: Match) -> _Site:
-    scores = read_scores(match.product, match.steps("before"))
+    shift, before = _read_shift(match.steps("before"))
+    scores = read_scores(match.product, before)
     for item in scores.maskings:
         hides = match.phi in _HIDE_LOW_SCORES and item.fill <= -1e30 if isinstance(item, Condition) else True
         if not hides:
@@ -166,7 +183,22 @@ def _read(match: Match) -> _Site:
     masks = read_masks(match.program, scores, shape(match.product)[-2], shape(match.product)[-1])
     if masks.chain or masks.fill is not None or masks.least > -math.inf:
         raise Refused("masked scores keep some weight", match.product)
-    return _Site(heads, scores, masks, normaliser, constant, divisors)
+    return _Site(heads, scores, masks, normaliser, constant, shift, divisors)
+
+
+def _read_shift(steps: Sequence[TakenStep]) -> tuple[float, list[TakenStep]]:
+    """The numbers that are added to the scores, and the other steps. Raises ``Refused`` for what a sum does not say."""
+    shift, others = 0.0, []
+    for step in steps:
+        if step.label in ("raised", "lowered"):
+            if not isinstance(step["shift"], (int, float)):
+                raise Refused("the scores are shifted by a number that is known at run time only", step.node)
+            shift += step["shift"] if step.label == "raised" else -step["shift"]
+        elif shift and step.label in ("scale", "divide", "softcap"):
+            raise Refused(f"{step.label} after the scores are shifted", step.node)
+        else:
+            others.append(step)
+    return shift, others
 
 
 def _read_normaliser(weights: Any, divisor: fx.Node) -> tuple[str, float, tuple[fx.Node, ...]]:

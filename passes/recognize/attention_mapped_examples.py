@@ -58,6 +58,7 @@ def _weights_returned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
 
 EXAMPLES = (
     Example("sigmoid", _heads(lambda q, k, v: torch.sigmoid(q @ k.mT * _SCALE) @ v)),
+    Example("sigmoid, shifted", _heads(lambda q, k, v: torch.sigmoid(q @ k.mT * _SCALE - math.log(5)) @ v)),
     Example("sigmoid, masked by a factor, normalised", _heads(_normalised)),
     Example(
         "sigmoid of masked scores",
@@ -78,6 +79,11 @@ NEAR_MISSES = (
         "divided by their maximum",
         _heads(lambda q, k, v: (w := torch.sigmoid(q @ k.mT)) / w.amax(-1, keepdim=True) @ v),
         "the weights are divided by something else than their sum over the keys",
+    ),
+    Example(
+        "scaled after a shift",
+        _heads(lambda q, k, v: torch.sigmoid((q @ k.mT + 1.5) * _SCALE) @ v),
+        "scale after the scores are shifted",
     ),
     Example(
         "masked weights are one",
