@@ -114,10 +114,13 @@ def _grown(program: Program, linear: fx.Node, order: dict[fx.Node, int], taken: 
             break
         else:
             break
-    x = arguments(linear)["x" if linear.target is ops.linear else "input"]
-    if _in_front(x, nodes) and x not in taken and _rows(linear) <= FEW_ROWS:
-        with contextlib.suppress(Unfusable):
-            nodes = held({*nodes, x})
+    pending = [arguments(linear)["x" if linear.target is ops.linear else "input"]]
+    while pending and _rows(linear) <= FEW_ROWS:
+        front = pending.pop()
+        if front not in taken and _in_front(front, nodes):
+            with contextlib.suppress(Unfusable):
+                nodes = held({*nodes, front})
+                pending += front.all_input_nodes
     return nodes
 
 
@@ -142,11 +145,14 @@ def _cuts(node: fx.Node) -> bool:
     return isinstance(step, Step) and step.kind is Kind.COLUMNS and is_free_view(node)
 
 
-def _in_front(x: fx.Node, nodes: Sequence[fx.Node]) -> bool:
-    """Whether an operand is a norm that only the region reads."""
-    step = step_of(x)
-    computes = isinstance(step, Step) and step.kind is Kind.COLUMNS and not step.moves
-    return computes and x.target is not ops.add_norm and all(user in nodes for user in x.users)
+def _in_front(node: fx.Node, nodes: Sequence[fx.Node]) -> bool:
+    """Whether a row-wise call computes what only the region reads."""
+    step = step_of(node)
+    if isinstance(step, str) or node.target is ops.add_norm:
+        return False
+    if is_free_view(node) and step.kind is not Kind.POINTWISE:
+        return False
+    return all(user in nodes for user in node.users)
 
 
 def _rows(node: fx.Node) -> int:

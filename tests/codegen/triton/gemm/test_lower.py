@@ -123,6 +123,28 @@ def test_a_norm_in_front_is_part_of_a_product_of_few_rows() -> None:
     assert holds == [True, False]
 
 
+class TokenParameters(nn.Module):
+    """Token-parameter attention (TokenFormer): scores of learnt keys, to a norm of length one, GELU, learnt values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values = (nn.Parameter(torch.randn(40, 16) / 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ self.keys.t()
+        scores = nn.functional.normalize(scores, dim=-1) * 40**0.5
+        return nn.functional.gelu(scores) @ self.values
+
+
+def test_token_parameters_are_a_product_and_one_with_the_norm_of_scores_in_front() -> None:
+    torch.manual_seed(0)
+    report = outputs_stay(TokenParameters(), torch.randn(2, 7, 16), products=True)
+    (site,) = (site for site in report.placed if site.kernel.startswith("product"))
+    words = " ".join(site.nodes)
+    assert all(word in words for word in ("norm", "div", "gelu", "linear"))
+    assert [item.reason for item in report.left] == ["a product by itself is the library's"]
+
+
 @pytest.mark.parametrize("products", [False, True])
 def test_a_layer_of_an_encoder(products: bool) -> None:
     torch.manual_seed(0)
