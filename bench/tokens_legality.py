@@ -84,6 +84,8 @@ def tiny(head: str, kind: str, output: str = "last_hidden_state", first: bool = 
             parameter.data.zero_()
         if "patch_embeddings" in name and kind == "segformer":
             parameter.data.zero_()  # overlapping patches are never alike, but for those that see nothing
+        if "dwconv" in name:
+            parameter.data *= 50  # so that tokens at the edges are not nearly alike those inside
         if "relative_position_bias_table" in name:
             parameter.data = torch.randn_like(parameter[:1]).expand_as(parameter).clone()  # the same for all places
     return Output(model, output, first)
@@ -177,7 +179,8 @@ ROWS: tuple[Row, ...] = (
     Row("swin, attention alone", lambda: tiny("SwinModel", "swin", **_SWIN), pairs, BracketAttention(4), refused=" "),
     Row("segmentation: beit", lambda: tiny("BeitForSemanticSegmentation", "beit", "logits", **_HEAD), pairs,
         ReduceTokens(2, "tome-stream")),
-    Row("segmentation: segformer's encoder", lambda: tiny("SegformerModel", "segformer", **_SEGFORMER), pairs, _SMALL),
+    Row("segmentation: segformer, attention alone", lambda: tiny("SegformerModel", "segformer", **_SEGFORMER), pairs,
+        BracketAttention(4)),
     Row("detection: yolos", lambda: tiny("YolosForObjectDetection", "yolos", "pred_boxes", image_size=[32, 32],
                                          num_detection_tokens=4), pairs, _MERGE),
     Row("u-net block", lambda: seeded(UNetBlock), pairs, _SMALL),

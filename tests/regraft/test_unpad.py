@@ -25,13 +25,13 @@ def told(fast: Any) -> str:
     return str(next(event for event in fast.report.events if "unpad" in str(event)))
 
 
-def test_a_batch_with_much_padding_runs_packed_and_others_padded() -> None:
+def test_a_batch_with_much_padding_runs_packed_and_others_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regraft.unpad._seconds", lambda calls, inputs: {"padded": 2.0, "packed": 1.0})
     model, given = pooled()
     fast = regraft.compile(model, given, unpad=True)
     (entry,) = fast.entries
-    if not isinstance(entry.executable, Either):  # the machine was busy with something else
-        pytest.skip(told(fast))
-    assert "run packed" in told(fast) and fast.report.log.of("unpad").fired == 1
+    assert isinstance(entry.executable, Either) and "run packed" in told(fast)
+    assert fast.report.log.of("unpad").fired == 1
     ran: list[str] = []
     either = entry.executable
     entry.executable = Either(
