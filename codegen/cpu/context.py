@@ -122,6 +122,8 @@ class Context(Emitter):
 
     def _features(self, node: fx.Node) -> Any:
         last = shape(node)[-1]
+        if isinstance(last, torch.SymInt) and last.node.expr.is_number:  # a symbol that the capture found to be fixed
+            return int(last)
         if not isinstance(last, int):
             raise ValueError(f"{node.name} has a symbolic feature size")
         return last

@@ -25,6 +25,16 @@ class SigmoidAttention(Projections):
         return self.out(join(weights @ value))
 
 
+class ShiftedSigmoid(Projections):
+    """Scores shifted by the logarithm of the length, so that weights begin as those of a softmax (arXiv:2409.04431)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        scores = query @ key.mT / math.sqrt(SIZE) - math.log(x.shape[1])
+        weights = torch.sigmoid(scores).masked_fill(~causal(x.shape[1]), 0.0)
+        return self.out(join(weights @ value))
+
+
 class EluAttention(Projections):
     """The kernel elu + 1 of scores, a plain sum over the keys that are seen."""
 

@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from regraft.codegen.cpu.lower import lower
 from regraft.ir import ops
+from regraft.ir.capture import capture
+from regraft.ir.driver import Session
 from regraft.ir.mask import parse, spans
+from regraft.passes.pipeline import default_pipeline
 from tests.codegen.cpu.support import needs_native
 from tests.zoo import (
     core_context,
@@ -56,6 +60,7 @@ SYSTEMS: dict[str, System] = {
     ),
     "sigmoid": System(sigmoid.SigmoidAttention, (("mapped", "band(None,0)"),)),
     "sigmoid, normalised": System(lambda: sigmoid.SigmoidAttention(True), (("mapped", "band(None,0)"),)),
+    "sigmoid, shifted": System(sigmoid.ShiftedSigmoid, (("mapped", "band(None,0)"),)),
     "elu + 1": System(sigmoid.EluAttention, (("mapped", "band(None,0)"),)),
     "linear over max(|sum|, 1)": System(sigmoid.LinearAttention, (("mapped", "band(None,0)"),)),
     "key bias": System(sigmoid.KeyBias, (("softmax", "band(None,1) | prefix(1)"),)),
@@ -161,6 +166,15 @@ def test_parameter_attention_is_a_feed_forward_layer(normed_first: bool) -> None
     assert not result.attentions()
     assert result.count(aten.linear.default) + result.count(ops.linear) == 4
     assert not result.count(aten.matmul.default)
+
+
+def test_a_length_that_the_capture_fixed_may_stand_beside_a_symbolic_batch() -> None:
+    """The logarithm fixes the length only after other nodes have their sizes."""
+    model = seeded(sigmoid.ShiftedSigmoid)
+    program = capture(model, (X,), dynamic=True)
+    default_pipeline("cpu").run(program, Session())
+    more = draw(3, 24, 32, seed=9)
+    torch.testing.assert_close(lower(program)(more)[0], model(more).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_convolutions_take_their_norm_and_their_residual() -> None:
