@@ -148,7 +148,7 @@ def _cuts(node: fx.Node) -> bool:
 def _in_front(node: fx.Node, nodes: Sequence[fx.Node]) -> bool:
     """Whether a row-wise call computes what only the region reads."""
     step = step_of(node)
-    if isinstance(step, str) or node.target is ops.add_norm:
+    if isinstance(step, str) or step.kind is Kind.PART or node.target is ops.add_norm:
         return False
     if is_free_view(node) and step.kind is not Kind.POINTWISE:
         return False

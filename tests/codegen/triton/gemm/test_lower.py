@@ -145,12 +145,31 @@ def test_token_parameters_are_a_product_and_one_with_the_norm_of_scores_in_front
     assert [item.reason for item in report.left] == ["a product by itself is the library's"]
 
 
+class Joined(nn.Module):
+    """A residual sum that is read twice, its norm, and a layer that reads the norm alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 24)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return self.linear(self.norm(total)).relu(), total
+
+
+@pytest.mark.parametrize("rows", [3, 50])
 @pytest.mark.parametrize("products", [False, True])
-def test_a_layer_of_an_encoder(products: bool) -> None:
+def test_few_and_many_rows(products: bool, rows: int) -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(24, 3, 48, batch_first=True, activation="gelu").eval()
-    report = outputs_stay(model, torch.randn(2, 50, 24), products=products)
+    assert outputs_stay(model, torch.randn(2, rows, 24), products=products).placed
+    x, y = torch.randn(2, rows, 16), torch.randn(2, rows, 16)
+    joined = Joined()
+    program, report = lowered(joined, x, y, products=products)
     assert report.placed
+    with torch.no_grad():
+        for given, wanted in zip(program.callable()(x, y), joined(x, y), strict=True):
+            torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_of_a_model_keep_its_outputs() -> None:
