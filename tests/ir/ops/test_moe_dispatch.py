@@ -117,7 +117,7 @@ def test_bf16_stays_wide_until_all_parts_are_summed() -> None:
 
 
 def test_without_a_process_group_code_for_one_says_what_to_do() -> None:
-    with pytest.raises(GroupError, match=r"rank 1 of experts .* 2 ranks, and no process group .* --nproc-per-node 2"):
+    with pytest.raises(GroupError, match=r"rank 1 of a model .* 2 ranks, and no process group .* --nproc-per-node 2"):
         moe_dispatch(*tensors(2, 1, 3)[:3], COPIES, rank=1, group="world", **SIZES)
 
 
