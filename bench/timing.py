@@ -71,13 +71,18 @@ def time_in_turn(
     return {name: Timing(tuple(values)) for name, values in times.items()}
 
 
+def _portable(argument: str) -> str:
+    """An argument as it can stand in a record: of a path on this machine, the name alone."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def write_record(name: str, results: Mapping[str, Any], path: Path | None = None) -> Path:
     """Write `results` with the device, the versions and the command behind them; return the file's path."""
     target = path or RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "name": name,
-        "command": f"python -m bench.{name} {shlex.join(sys.argv[1:])}".strip(),
+        "command": f"python -m bench.{name} {shlex.join(map(_portable, sys.argv[1:]))}".strip(),
         "date": time.strftime("%Y-%m-%d"),
         "device": device(),
         "versions": versions(),
