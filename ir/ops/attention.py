@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from regraft.ir.mask import parse, to_dense
 from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.attention_scores import scores_of
 from regraft.ir.ops.registry import Cost, register, traffic
 
 
@@ -87,15 +88,7 @@ def _attend(
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     keys, values = (t.repeat_interleave(groups, dim=1).to(wide) for t in (key, value))
-    scores = query.to(wide) @ keys.transpose(-1, -2) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    length, key_length = scores.shape[-2:]
-    if slopes is not None:
-        distance = torch.arange(key_length, device=query.device) - torch.arange(length, device=query.device)[:, None]
-        scores = scores + slopes.to(wide)[:, None, None] * distance
+    scores = scores_of(query, keys, scale, softcap, bias, slopes)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf if mask_fill is None else mask_fill)
     if sinks is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.attention_scores import scores_of
 from regraft.ir.ops.registry import Cost, register, traffic
 
 _SCORES_AT_ONCE = 1 << 21
@@ -24,10 +25,8 @@ def reference(query: Tensor, key: Tensor, scale: float, softcap: float) -> Tenso
     step = max(1, _SCORES_AT_ONCE // max(1, batch * heads * key.shape[2]))
     out = query.new_empty((batch, heads, length), dtype=wide)
     for start in range(0, length, step):
-        scores = query[:, :, start : start + step].to(wide) @ keys.mT * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        out[:, :, start : start + step] = scores.logsumexp(-1)
+        rows = slice(start, start + step)
+        out[:, :, rows] = scores_of(query[:, :, rows], keys, scale, softcap).logsumexp(-1)
     return out
 
 

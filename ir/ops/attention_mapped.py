@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from regraft.ir.mask import parse, to_dense
 from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.attention_scores import of_rows, scores_of
 from regraft.ir.ops.registry import Cost, register, traffic
 
 #: phi: a score's weight.
@@ -61,15 +62,7 @@ def reference(
     step = max(1, _SCORES_AT_ONCE // max(1, batch * heads * key.shape[2]))
     for start in range(0, length, step):
         rows = slice(start, start + step)
-        scores = query[:, :, rows].to(wide) @ keys.mT * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        if bias is not None:
-            scores = scores + (bias if bias.dim() < 2 or bias.shape[-2] == 1 else bias[..., rows, :])
-        if slopes is not None:
-            places = torch.arange(length, device=query.device)[rows, None]
-            distance = torch.arange(key.shape[2], device=query.device) - places
-            scores = scores + slopes.to(wide)[:, None, None] * distance
+        scores = scores_of(query[:, :, rows], keys, scale, softcap, of_rows(bias, rows), slopes, first_row=start)
         weights = WEIGHTS[weight](scores)
         if allowed is not None:
             weights = weights.masked_fill(~allowed[:, :, rows], 0.0)

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from regraft.ir.mask import parse, to_dense
 from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.attention_scores import of_rows, scores_of
 from regraft.ir.ops.registry import Cost, elements, register, traffic
 
 _SCORES_AT_ONCE = 1 << 21
@@ -55,17 +56,10 @@ def reference(
     step = max(1, _SCORES_AT_ONCE // max(1, batch * heads * part))
     for start in range(0, length, step):
         rows = slice(start, start + step)
-        scores = query[:, :, rows].to(wide) @ key.mT * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        if bias is not None:
-            scores = scores + _of_rows(bias, rows)
-        if slopes is not None:
-            at = torch.arange(length, device=query.device)[rows, None]
-            distance = torch.arange(first, first + part, device=query.device) - at
-            scores = scores + slopes.to(wide)[:, None, None] * distance
-        if allowed is not None:
-            scores = scores.masked_fill(~_of_rows(allowed, rows), -math.inf if mask_fill is None else mask_fill)
+        bias_here, seen = of_rows(bias, rows), of_rows(allowed, rows)
+        scores = scores_of(query[:, :, rows], key, scale, softcap, bias_here, slopes, first_row=start, first_key=first)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -math.inf if mask_fill is None else mask_fill)
         if sinks is not None:
             column = sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, column], -1)
@@ -75,11 +69,6 @@ def reference(
         out[:, :, rows, :-1] = weights @ value
         out[:, :, rows, -1:] = lse
     return out
-
-
-def _of_rows(tensor: Tensor, rows: slice) -> Tensor:
-    """Some rows of what broadcasts to ``[batch, heads, length, keys]``."""
-    return tensor if tensor.dim() < 2 or tensor.shape[-2] == 1 else tensor[..., rows, :]
 
 
 @torch.library.custom_op(
