@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import regraft
 from bench.decoder import PlainDecoder
-from bench.gpu_rows import Outcome, Part, Row, Setting, device_times
+from bench.gpu_rows import Outcome, Part, Row, Setting, device_times, tell_left_out
 from regraft.ir.verify import relative_l2
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -85,7 +85,8 @@ def _regraft(model: nn.Module, x: Tensor) -> tuple[Any, float]:
 
 
 def _peers(model: nn.Module, x: Tensor) -> dict[str, _Compiled]:
-    """``torch.compile`` in its modes, each with the seconds of its first call; a mode that fails is left out."""
+    """``torch.compile`` in its modes, each with the seconds of its first call; a mode that fails is left out, and
+    stderr says why."""
     found: dict[str, _Compiled] = {}
     torch._dynamo.reset()
     for label, mode in _MODES.items():
@@ -94,7 +95,8 @@ def _peers(model: nn.Module, x: Tensor) -> dict[str, _Compiled]:
         try:
             _call(run, x)
             torch.cuda.synchronize()
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as error:
+            tell_left_out(label, error)
             continue
         found[label] = _Compiled(run, time.perf_counter() - started)
     return found

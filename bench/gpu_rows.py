@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from bench.timing import time_in_turn, write_record
+from regraft.ir.capture_error import first_line
 
 #: Bytes that are written before each timed call, so that none finds its operands in the last-level cache.
 _FLUSH = 256 << 20
@@ -134,8 +136,8 @@ def _write(part: Part, setting: Setting, path: Path, labels: list[str], found: d
 
 def device_times(calls: Mapping[str, Callable[[], Any]], setting: Setting, rounds: int = 15) -> dict[str, float]:
     """Median milliseconds of each call, made in turn; on a GPU by its own clock, the last-level cache being flushed
-    before each. A call that raises is left out of the result."""
-    able = {name: call for name, call in calls.items() if _runs(call)}
+    before each. A call that raises is left out of the result, and the reason is told on stderr."""
+    able = {name: call for name, call in calls.items() if _runs(name, call)}
     if not setting.on_gpu:
         return {name: timing.median for name, timing in time_in_turn(able, rounds=1, warm_up=0, shortest=0).items()}
     flush = torch.empty(_FLUSH, dtype=torch.int8, device=setting.device)
@@ -157,12 +159,18 @@ def device_times(calls: Mapping[str, Callable[[], Any]], setting: Setting, round
     return {name: sorted(a.elapsed_time(b) for a, b in pairs)[rounds // 2] for name, pairs in events.items()}
 
 
-def _runs(call: Callable[[], Any]) -> bool:
+def _runs(name: str, call: Callable[[], Any]) -> bool:
     try:
         call()
-    except (RuntimeError, NotImplementedError, ValueError, ImportError):
+    except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+        tell_left_out(name, error)
         return False
     return True
+
+
+def tell_left_out(name: str, error: Exception) -> None:
+    """Say on stderr why a peer is missing from the table."""
+    print(f"{name} was left out: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
 
 def copy_bandwidth(setting: Setting) -> float:
