@@ -26,6 +26,7 @@ from regraft.ir.mask.predicate import (
     band,
     chunk,
     heads,
+    names_heads,
     prefix,
 )
 from regraft.ir.mask.predicate_text import parse
@@ -81,6 +82,7 @@ __all__ = [
     "intervals",
     "is_causal",
     "most_spans",
+    "names_heads",
     "parse",
     "prefix",
     "proof_lengths",

@@ -225,6 +225,18 @@ def tensors_of(predicate: Predicate) -> frozenset[int]:
     return frozenset()
 
 
+def names_heads(predicate: Predicate) -> bool:
+    """Whether the predicate tells heads apart by their numbers."""
+    match predicate:
+        case Heads():
+            return True
+        case Not(operand):
+            return names_heads(operand)
+        case And(operands) | Or(operands):
+            return any(map(names_heads, operands))
+    return False
+
+
 def renumber(predicate: Predicate, places: dict[int, int]) -> Predicate:
     """The predicate with its tensors at new places."""
     match predicate:

@@ -15,7 +15,7 @@ from torch import fx
 
 from regraft.ir import ops
 from regraft.ir.driver import Session
-from regraft.ir.mask import And, Heads, Not, Or, Predicate, parse
+from regraft.ir.mask import names_heads, parse
 from regraft.ir.nodes import Builder, arguments, is_call, is_tensor, rank, shape, size_equal
 from regraft.ir.program import Program
 from regraft.ir.weights import WeightOp
@@ -57,7 +57,7 @@ class DropHeads(Pass):
             )
         if session.fuel.empty:
             return 0
-        if _names_heads(parse(given["mask"])):
+        if names_heads(parse(given["mask"])):
             log_refused(session, self, site, Refused("the mask differs from head to head", site))
             return 0
         self._rewrite(program, site, given, kept, kept_kv)
@@ -123,17 +123,6 @@ def _swaps(node: fx.Node) -> bool:
     """Whether a permutation exchanges heads and tokens."""
     order: Any = node.args[1]
     return list(order) == _SWAPPED
-
-
-def _names_heads(predicate: Predicate) -> bool:
-    match predicate:
-        case Heads():
-            return True
-        case Not(operand):
-            return _names_heads(operand)
-        case And(operands) | Or(operands):
-            return any(map(_names_heads, operands))
-    return False
 
 
 @dataclass(frozen=True)

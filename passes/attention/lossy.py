@@ -15,7 +15,8 @@ from regraft.ir.driver import Session
 from regraft.ir.exactness import Exactness
 from regraft.ir.nodes import Builder, user_line
 from regraft.ir.program import Program
-from regraft.ir.records import Application, Refusal
+from regraft.ir.records import Refusal
+from regraft.passes.applied import log_applied
 from regraft.passes.attention.errors import AttentionError
 from regraft.passes.base import Pass
 from regraft.passes.refused import Refused
@@ -53,20 +54,7 @@ def take_place(program: Program, old: fx.Node, new: fx.Node) -> None:
 
 def log_fired(session: Session, item: Pass, site: fx.Node, what: str) -> None:
     """Write one lossy rewrite down."""
-    session.fuel.burn()
-    session.applied += 1
-    session.log.of(item.name).fired += 1
-    session.log.applications.append(
-        Application(
-            rule=item.name,
-            pass_name=item.name,
-            exactness=Exactness.LOSSY.value,
-            number=session.applied,
-            source_nodes=(site.name,),
-            new_nodes=(what,),
-            user_line=user_line(site),
-        )
-    )
+    log_applied(session, item.name, Exactness.LOSSY, (site.name,), (what,), site)
 
 
 def log_refused(session: Session, item: Pass, site: fx.Node, refused: Refused) -> None:

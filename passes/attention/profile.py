@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from regraft.ir import ops
 from regraft.ir.mask import parse, to_dense
 from regraft.ir.nodes import arguments
+from regraft.ir.ops.attention_scores import of_rows, scores_of
 from regraft.ir.program import Program
 from regraft.passes.attention.lossy import attentions
 
@@ -94,15 +95,11 @@ def _shares(given: dict[str, Any], window: int, sinks: int) -> tuple[Tensor, Ten
     place = torch.arange(keys)
     for start in range(0, length, step):
         some = slice(start, start + step)
-        scores = query[:, :, some] @ key.mT * given["scale"]
-        if given["softcap"]:
-            scores = given["softcap"] * torch.tanh(scores / given["softcap"])
-        if given["bias"] is not None:
-            bias = given["bias"]
-            scores = scores + (bias if bias.dim() < 2 or bias.shape[-2] == 1 else bias[..., some, :])
+        bias = of_rows(given["bias"], some)
+        scores = scores_of(
+            query[:, :, some], key, given["scale"], given["softcap"], bias, given["slopes"], first_row=start
+        )
         row = torch.arange(length)[some, None] + (keys - length)
-        if given["slopes"] is not None:
-            scores = scores + given["slopes"].float()[:, None, None] * (place - row + (keys - length))
         scores = scores.masked_fill(~seen[:, :, some], float("-inf"))
         weights = scores.softmax(-1).nan_to_num(0.0).double()
         near = (place - row).abs() < window

@@ -17,7 +17,7 @@ from torch import fx
 
 from regraft.ir.driver import Driver, Session
 from regraft.ir.exactness import Exactness
-from regraft.ir.mask import And, Heads, Not, Or, Predicate, parse
+from regraft.ir.mask import names_heads, parse
 from regraft.ir.nodes import Builder, arguments, dtype, rank, shape
 from regraft.ir.ops.attention import attention
 from regraft.ir.ops.attention_part import attention_merge, attention_part
@@ -86,7 +86,7 @@ class ShardHeads(Rule):
             kv_heads % ranks == 0 or ranks % kv_heads == 0,
             f"{heads} heads that share {kv_heads} keys and values cannot be cut into {ranks} parts of whole groups",
         )
-        yield need(not _names_heads(parse(given["mask"])), "the mask differs from head to head by their numbers")
+        yield need(not names_heads(parse(given["mask"])), "the mask differs from head to head by their numbers")
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         if match.root.name not in self._sites:
@@ -162,14 +162,3 @@ class ShardKeys(Rule):
         common = {name: given[name] for name in ("query", "mask_tensors", "bias", "slopes", *_PART)}
         sinks = given["sinks"] if number == 0 else None  # they take weight once
         return build.call(attention_part, **common, **own, sinks=sinks, first=first, keys=keys)
-
-
-def _names_heads(predicate: Predicate) -> bool:
-    match predicate:
-        case Heads():
-            return True
-        case Not(operand):
-            return _names_heads(operand)
-        case And(operands) | Or(operands):
-            return any(map(_names_heads, operands))
-    return False

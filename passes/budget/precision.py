@@ -14,8 +14,8 @@ from regraft.ir.driver import Session
 from regraft.ir.exactness import Exactness
 from regraft.ir.nodes import Builder, arguments, dtype, is_call, shape, user_line
 from regraft.ir.program import Program
-from regraft.ir.records import Application
 from regraft.ir.weights import WeightOp
+from regraft.passes.applied import log_applied
 from regraft.passes.base import Pass
 from regraft.passes.budget.candidate import PRECISION, Candidate
 
@@ -43,20 +43,8 @@ class LowerPrecision(Pass):
         return made
 
     def _log(self, session: Session, node: fx.Node, weight: str | None) -> None:
-        session.fuel.burn()
-        session.applied += 1
-        session.log.of(self.name).fired += 1
-        session.log.applications.append(
-            Application(
-                rule=self.name,
-                pass_name=self.name,
-                exactness=Exactness.LOSSY.value,
-                number=session.applied,
-                source_nodes=(node.name,),
-                new_nodes=(f"{weight} in bf16",),
-                user_line=user_line(node),
-            )
-        )
+        made = (f"{weight} in bf16",)
+        log_applied(session, self.name, Exactness.LOSSY, (node.name,), made, node)
 
 
 def _rewrite(program: Program, node: fx.Node, casts: dict[fx.Node, fx.Node]) -> None:

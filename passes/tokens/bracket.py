@@ -14,10 +14,10 @@ from torch import fx
 
 from regraft.ir.driver import Session
 from regraft.ir.exactness import Exactness
-from regraft.ir.nodes import arguments, is_call, rank, shape, user_line
+from regraft.ir.nodes import arguments, is_call, rank, shape
 from regraft.ir.ops.plan_merge import most_removable
 from regraft.ir.program import Program
-from regraft.ir.records import Application
+from regraft.passes.applied import log_applied
 from regraft.passes.base import Pass
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.refused import Refused
@@ -67,20 +67,8 @@ class BracketAttention(Pass):
         return made
 
     def _log(self, session: Session, node: fx.Node, removed: int) -> None:
-        session.fuel.burn()
-        session.applied += 1
-        session.log.of(self.name).fired += 1
-        session.log.applications.append(
-            Application(
-                rule=self.name,
-                pass_name=self.name,
-                exactness=Exactness.LOSSY.value,
-                number=session.applied,
-                source_nodes=(node.name,),
-                new_nodes=(f"{removed} of {shape(node)[2]} tokens",),
-                user_line=user_line(node),
-            )
-        )
+        made = (f"{removed} of {shape(node)[2]} tokens",)
+        log_applied(session, self.name, Exactness.LOSSY, (node.name,), made, node)
 
 
 @dataclass

@@ -16,7 +16,8 @@ from regraft.ir.nodes import Builder, shape, user_line
 from regraft.ir.ops.matchings import ORDERED
 from regraft.ir.ops.plan_merge import most_removable
 from regraft.ir.program import Program
-from regraft.ir.records import Application, Refusal
+from regraft.ir.records import Refusal
+from regraft.passes.applied import log_applied
 from regraft.passes.base import Pass
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.refused import Refused
@@ -173,18 +174,6 @@ class _Run:
         self.planner.observe(rebuild, build, site)
 
     def _log(self, site: Site, removed: int) -> None:
-        self.session.fuel.burn()
-        self.session.applied += 1
-        name = self.options.name
-        self.session.log.of(name).fired += 1
-        self.session.log.applications.append(
-            Application(
-                rule=name,
-                pass_name=name,
-                exactness=Exactness.LOSSY.value,
-                number=self.session.applied,
-                source_nodes=(site.attention.name, site.anchor.name),
-                new_nodes=(f"{self.options.method}: {removed} of {shape(site.anchor)[1]} tokens",),
-                user_line=user_line(site.anchor),
-            )
-        )
+        sources = site.attention.name, site.anchor.name
+        made = (f"{self.options.method}: {removed} of {shape(site.anchor)[1]} tokens",)
+        log_applied(self.session, self.options.name, Exactness.LOSSY, sources, made, site.anchor)

@@ -14,10 +14,10 @@ from torch import fx
 from regraft.ir.driver import Session
 from regraft.ir.exactness import Exactness
 from regraft.ir.mask import Everything, Keys
-from regraft.ir.nodes import arguments, is_call, is_tensor, rank, shape, sizes_equal, user_line
+from regraft.ir.nodes import arguments, is_call, is_tensor, rank, shape, sizes_equal
 from regraft.ir.pointwise import is_cast
 from regraft.ir.program import Program
-from regraft.ir.records import Application
+from regraft.passes.applied import log_applied
 from regraft.passes.base import Pass
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.refused import Refused
@@ -56,20 +56,7 @@ class Unpad(Pass):
         except Refused as refused:
             session.log.refusals.append(refusal(self.name, sites[0], refused))
             return 0
-        session.fuel.burn()
-        session.applied += 1
-        session.log.of(self.name).fired += 1
-        session.log.applications.append(
-            Application(
-                rule=self.name,
-                pass_name=self.name,
-                exactness=Exactness.REASSOCIATED.value,
-                number=session.applied,
-                source_nodes=(start.name, mask.name),
-                new_nodes=(),
-                user_line=user_line(start),
-            )
-        )
+        log_applied(session, self.name, Exactness.REASSOCIATED, (start.name, mask.name), (), start)
         DropDeadCode().run(program, session)
         program.graph.lint()
         return 1
