@@ -22,6 +22,7 @@ from regraft.codegen.cpu.executable import Executable
 from regraft.codegen.cpu.linear import lower_linear
 from regraft.codegen.cpu.moe import pack_moe, run_moe
 from regraft.codegen.cpu.native.experts import PackedExperts
+from regraft.codegen.cpu.native.kernels import EXPERTS, TOKENS
 from regraft.codegen.cpu.native_operators import experts_native
 from regraft.codegen.cpu.peephole import polish
 from regraft.codegen.cpu.rowwise import (
@@ -59,9 +60,14 @@ LOWERINGS: dict[Any, Lowering] = {
     **dict.fromkeys((*UNARY, *BINARY), lower_elementwise),
 }
 
+#: Kernels that only some models need: built while what comes before them in the graph is lowered.
+_BUILT_FOR = {ops.moe: EXPERTS, ops.merge_tokens: TOKENS}
+
 
 def lower(program: Program, tuner: Tuner | None = None) -> Executable:
     """The program as an executable for the CPU. ``tuner`` carries decisions that were measured before."""
+    for target in {node.target for node in program.graph.nodes} & _BUILT_FOR.keys():
+        _BUILT_FOR[target].start()
     tuner = tuner or Tuner()
     tuner.reads(_linear_weights(program))
     context = Context(torch.nn.Module(), fx.Graph(), program=program)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from regraft.codegen.cpu.native import experts
-from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.native.kernels import EXPERTS, NATIVE
 from regraft.codegen.cpu.native_operators import experts_native
 from regraft.ir.ops.moe import GateFunction
 
@@ -85,7 +85,7 @@ def pack_moe(
         up = None if up is None else up.transpose(1, 2)
     first, down, up = first.detach(), down.detach(), None if up is None else up.detach()
     settled = replace(function, layout="single" if layout == "single" else "separate")
-    if settled == _SWIGLU and first.dtype == torch.float32 and not NATIVE.missing():
+    if settled == _SWIGLU and first.dtype == torch.float32 and not EXPERTS.missing():
         gates = _halves(first, up, layout)
         gate_bias, up_bias = (None, None) if first_bias is None else _halves(first_bias, up_bias, layout)
         return experts.pack(NATIVE.library(), *gates, down, gate_bias, up_bias, down_bias)

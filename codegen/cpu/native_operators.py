@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from regraft.codegen.cpu.native import attention, experts, linear, rowwise, tokens
 from regraft.codegen.cpu.native.call import NativeCall
-from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.native.kernels import EXPERTS, NATIVE, TOKENS
+from regraft.codegen.cpu.native.library import NativeLibrary
 
 Describe = Callable[..., NativeCall]
 
-#: Function of the lowered graph -> the launcher that describes its call, which takes the library first.
-DESCRIPTIONS: dict[Callable[..., Any], Describe] = {}
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """How a call is described: by a launcher, which takes the loaded ``native`` library first."""
+
+    native: NativeLibrary
+    launcher: Describe
+
+    def __call__(self, *given: Any, **named: Any) -> NativeCall:
+        """The call of ``given``, not yet made."""
+        return self.launcher(self.native.library(), *given, **named)
 
 
-def _operator(name: str, describe: Describe) -> Callable[..., Any]:
+#: Function of the lowered graph -> how its call is described.
+DESCRIPTIONS: dict[Callable[..., Any], Description] = {}
+
+
+def _operator(name: str, launcher: Describe, native: NativeLibrary = NATIVE) -> Callable[..., Any]:
+    describe = Description(native, launcher)
+
     def run(*given: Any) -> Any:
-        library: ctypes.CDLL = NATIVE.library()
-        return describe(library, *given).run(library)
+        return describe(*given).run(native.library())
 
     run.__name__ = run.__qualname__ = name
-    run.__doc__ = describe.__doc__
+    run.__doc__ = launcher.__doc__
     DESCRIPTIONS[run] = describe
     return run
 
@@ -33,8 +48,8 @@ norm_native = _operator("norm_native", rowwise.norm)
 add_norm_native = _operator("add_norm_native", rowwise.add_norm)
 rope_native = _operator("rope_native", rowwise.rope)
 silu_glu_native = _operator("silu_glu_native", rowwise.silu_glu)
-experts_native = _operator("experts_native", experts.run)
-plan_native = _operator("plan_native", tokens.plan)
-merge_native = _operator("merge_native", tokens.merge)
-log_native = _operator("log_native", tokens.log)
-unmerge_native = _operator("unmerge_native", tokens.unmerge)
+experts_native = _operator("experts_native", experts.run, EXPERTS)
+plan_native = _operator("plan_native", tokens.plan, TOKENS)
+merge_native = _operator("merge_native", tokens.merge, TOKENS)
+log_native = _operator("log_native", tokens.log, TOKENS)
+unmerge_native = _operator("unmerge_native", tokens.unmerge, TOKENS)

@@ -93,8 +93,8 @@ def _record_node(recorder: Recorder, node: fx.Node, values: dict[fx.Node, Value]
     kwargs = fx.map_arg(node.kwargs, values.__getitem__)
     describe = DESCRIPTIONS.get(node.target)  # type: ignore[arg-type]
     if describe is not None:
-        call = describe(recorder.library, *args, **kwargs)
-        recorder.add(call)
+        call = describe(*args, **kwargs)
+        recorder.add(call, describe.native.library())
         return call.result
     value = node.target(*args, **kwargs)  # type: ignore[operator]
     if isinstance(value, Tensor) and value.is_meta and not recorder.holds(value):

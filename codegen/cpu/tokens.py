@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from regraft.codegen.cpu.context import Context, Lowered
-from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.native.kernels import TOKENS
 from regraft.codegen.cpu.native_operators import log_native, merge_native, plan_native, unmerge_native
 from regraft.ir import ops
 from regraft.ir.nodes import arguments, dtype, is_call, rank
@@ -64,7 +64,7 @@ _MERGED = ("x", "sizes", "kept", "sources", "slots")
 
 
 def _native_can(x: fx.Node) -> bool:
-    return dtype(x) == torch.float32 and not NATIVE.missing()
+    return dtype(x) == torch.float32 and not TOKENS.missing()
 
 
 def _heads(metric: fx.Node) -> fx.Node | None:

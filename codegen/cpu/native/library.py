@@ -1,4 +1,4 @@
-"""The native kernels as a loaded library: built once a machine by its own C++ compiler, kept in the user's cache.
+"""Native kernels as loaded libraries: built once a machine by its own C++ compiler, kept in the user's cache.
 
 Sources lie beside this file, depend on nothing but the C++ standard library and OpenMP, and are compiled for the
 processor at hand in a second or two; no header of PyTorch is read, which would take twenty. They share PyTorch's OpenMP
@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from regraft.ir.device import cache_folder
 
 _LOG = logging.getLogger("regraft")
 _FOLDER = Path(__file__).parent
-_SOURCES = ("product.cpp", "attention.cpp", "rowwise.cpp", "experts.cpp", "linear.cpp", "tape.cpp", "tokens.cpp")
 _HEADERS = ("vector.h", "product.h")
 _FAST = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")  # -O3 takes half as long again, and gains nothing here
 _FLAGS = ("-std=c++17", *_FAST, "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -42,13 +41,18 @@ class Unavailable(RuntimeError):
 
 
 class NativeLibrary:
-    """The build under way or done. ``start`` returns at once; the first ``library`` waits for it.
+    """Some ``sources``, their build under way or done. ``start`` returns at once; the first ``library`` waits for it.
 
-    ``check`` says what is wrong with a loaded library, or nothing.
+    ``check`` says what is wrong with a loaded library, or nothing. ``base`` is the library whose functions the sources
+    call, if any: it is loaded first.
     """
 
-    def __init__(self, check: Callable[[ctypes.CDLL], str]) -> None:
+    def __init__(
+        self, sources: Sequence[str], check: Callable[[ctypes.CDLL], str], base: NativeLibrary | None = None
+    ) -> None:
+        self._sources = tuple(sources)
         self._check = check
+        self._base = base
         self._future: Future[ctypes.CDLL] | None = None
         self._library: ctypes.CDLL | None = None
 
@@ -79,6 +83,8 @@ class NativeLibrary:
         if os.environ.get("REGRAFT_NATIVE") == "0":
             raise Unavailable("the environment has REGRAFT_NATIVE=0")
         try:
+            if self._base is not None:
+                self._base.library()
             return self._load_or_build()
         except Unavailable as reason:
             _LOG.warning("PyTorch's slower kernels run, because there are no native ones: %s", reason)
@@ -96,16 +102,16 @@ class NativeLibrary:
 
     def _with(self, compiler: Path, runtime: Path) -> ctypes.CDLL:
         with _private_folder() as folder:
-            path = folder / f"native-{_key(compiler, runtime)}.so"
+            path = folder / f"native-{_key(self._sources, compiler, runtime)}.so"
             if path.is_file():
                 with contextlib.suppress(Unavailable):  # whatever lies there, a new build may be right
                     return self._opened(path)
-            _build(compiler, runtime, path)
+            _build(self._sources, compiler, runtime, path)
             return self._opened(path)
 
     def _opened(self, path: Path) -> ctypes.CDLL:
         try:
-            loaded = ctypes.CDLL(str(path))
+            loaded = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)  # other libraries call its functions
         except OSError as error:
             raise Unavailable(f"what was built cannot be loaded ({error})") from error
         wrong = self._check(loaded)
@@ -156,10 +162,10 @@ def _is_private(folder: Path) -> bool:
     return held.st_uid == os.getuid() and not held.st_mode & 0o022 and os.access(folder, os.W_OK)
 
 
-def _key(compiler: Path, runtime: Path) -> str:
+def _key(sources: Sequence[str], compiler: Path, runtime: Path) -> str:
     """What a build depends on: sources, flags, compiler, OpenMP runtime and processor."""
     digest = hashlib.sha256()
-    for name in (*_SOURCES, *_HEADERS):
+    for name in (*sources, *_HEADERS):
         digest.update((_FOLDER / name).read_bytes())
     held = compiler.resolve().stat()
     parts = (*_FLAGS, str(compiler.resolve()), str(held.st_size), str(held.st_mtime_ns), str(runtime), _processor())
@@ -174,14 +180,14 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def _build(compiler: Path, runtime: Path, path: Path) -> None:
+def _build(sources: Sequence[str], compiler: Path, runtime: Path, path: Path) -> None:
     """Compile the sources side by side and link them; the library appears at ``path`` whole or not at all."""
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-        objects = [Path(folder) / f"{name}.o" for name in _SOURCES]
+        objects = [Path(folder) / f"{name}.o" for name in sources]
         commands = [
             [str(compiler), *_FLAGS, native, "-c", str(_FOLDER / name), "-o", str(made)]
-            for name, made in zip(_SOURCES, objects, strict=True)
+            for name, made in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(max((os.cpu_count() or 1) - 1, 1)) as pool:  # one is left to the capture
             list(pool.map(_run, commands))

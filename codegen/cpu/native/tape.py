@@ -105,15 +105,16 @@ def _view(source: Tensor, wanted: _Result) -> Tensor:
 
 @dataclass
 class Recorder:
-    """Collects calls on the meta device, whose ``inputs`` are meta tensors."""
+    """Collects calls on the meta device, whose ``inputs`` are meta tensors. ``library`` runs the tape."""
 
     library: ctypes.CDLL
     inputs: Sequence[Tensor]
     calls: list[NativeCall] = field(default_factory=list)
+    _kernels: list[int | None] = field(default_factory=list)
     _buffers: dict[int, _Buffer] = field(default_factory=dict)
 
-    def add(self, call: NativeCall) -> None:
-        """The next call; raises ``Unrecordable``."""
+    def add(self, call: NativeCall, library: ctypes.CDLL) -> None:
+        """The next call, of a kernel of ``library``; raises ``Unrecordable``."""
         number = len(self.calls)
         for tensor in call.made:
             if not tensor.is_meta or tensor.numel() == 0:
@@ -127,6 +128,7 @@ class Recorder:
             elif _storage(tensor) not in given:
                 raise Unrecordable(f"{call.function} copies an operand")
         self.calls.append(call)
+        self._kernels.append(ctypes.cast(getattr(library, call.function), POINTER).value)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a meta tensor lies in memory that is known here."""
@@ -165,11 +167,10 @@ class Recorder:
             structure = call.structure(*known, *call.values)
             _announce(structure, self.calls[number + 1 :])
             addresses += self._filled_in(call, bases)
-            kernel = ctypes.cast(getattr(self.library, call.function), POINTER).value
             size = ctypes.sizeof(structure)
             if size > self.library.regraft_largest_structure():
                 raise Unrecordable(f"{call.function} takes {size} bytes")
-            steps.append(_Step(kernel, len(structures), size, first, len(addresses) - first))
+            steps.append(_Step(self._kernels[number], len(structures), size, first, len(addresses) - first))
             structures += bytes(structure)
         return steps, bytes(structures), addresses
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.codegen.cpu.moe import PackedMoe, pack_moe, run_moe
-from regraft.codegen.cpu.native.kernels import NATIVE
+from regraft.codegen.cpu.native import kernels
 from regraft.ir.ops.moe import reference
 
 EXPERTS, HIDDEN, INNER = 3, 8, 6
@@ -19,10 +19,10 @@ EXPERTS, HIDDEN, INNER = 3, 8, 6
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs with the native kernel, which takes fp32 with a SiLU gate, and without it."""
     name = str(request.param)
-    if name == "native" and NATIVE.missing():
-        pytest.skip(NATIVE.missing())
+    if name == "native" and kernels.EXPERTS.missing():
+        pytest.skip(kernels.EXPERTS.missing())
     if name == "products":
-        monkeypatch.setattr(NATIVE, "missing", lambda: "not wanted")
+        monkeypatch.setattr(kernels.EXPERTS, "missing", lambda: "not wanted")
     return name
 
 
