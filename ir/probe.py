@@ -7,18 +7,21 @@ program's inputs, because rewrites prove facts about it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from regraft.ir.nodes import concrete, is_tensor, is_view
+from regraft.ir.nodes import concrete, is_tensor, is_view, shape
 from regraft.ir.program import Program
 
 _CONE_LIMIT = 4000
+_ENOUGH = 1 << 18  # random numbers in the largest value: a check on more takes longer, and tells nothing else
 _LOW_TO_HIGH = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -45,24 +48,62 @@ class Pool:
         return self._values[shift : shift + count].view(size).to(dtype)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A part of a batch: of values whose first dim has ``extent`` entries, the first ``kept`` (two or more)."""
+
+    extent: int
+    kept: int
+
+    def size(self, size: Sequence[int]) -> list[int]:
+        """What is left of a value of ``size``."""
+        return [self.kept if place == 0 and extent == self.extent else extent for place, extent in enumerate(size)]
+
+    def part(self, value: Any) -> Any:
+        """What is left of a program's input."""
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.extent:
+            return value[: self.kept]
+        return value
+
+
 class Probe:
     """Evaluates nodes of one program on one set of values.
 
     ``frontier`` are the nodes where evaluation stops: float activations there are random. With ``double`` everything
-    that is a float is computed in fp64. A probe is made for one check and dropped, so that its values do not pile up.
+    that is a float is computed in fp64. With a ``sample`` random values and inputs are cut to it; nodes whose arguments
+    name the whole batch then fail, or give values of other sizes than that. A probe is made for one check and
+    dropped, so that its values do not pile up.
     """
 
     def __init__(
-        self, program: Program, frontier: Iterable[fx.Node], pool: Pool, inputs: list[Any], double: bool = False
+        self,
+        program: Program,
+        frontier: Iterable[fx.Node],
+        pool: Pool,
+        inputs: list[Any],
+        double: bool = False,
+        sample: Sample | None = None,
     ) -> None:
         self.program = program
         self.pool = pool
         self.double = double
+        self.sample = sample
         self.values: dict[fx.Node, Any] = {}
-        self._inputs = dict(zip(program.user_inputs(), inputs, strict=True))
+        given = inputs if sample is None else map(sample.part, inputs)
+        self._inputs = dict(zip(program.user_inputs(), given, strict=True))
         cut = [node for node in sorted(set(frontier)) if _is_random(program, node)]
         kept = set(cut)
         self._frontier = {node: place for place, node in enumerate(cut) if not _views_another(node, kept)}
+
+    def worthwhile_sample(self) -> Sample | None:
+        """The part of the batch that is enough for a check, where that is at most half of it."""
+        sizes = [_size(node) for node in self._frontier if shape(node)]
+        if not sizes:
+            return None
+        largest = max(sizes, key=math.prod)
+        extent = largest[0]
+        kept = max(2, -(-extent * _ENOUGH // max(math.prod(largest), 1)))
+        return Sample(extent, kept) if 2 * kept <= extent else None
 
     def evaluate(self, nodes: Iterable[fx.Node]) -> list[Any]:
         """Values of ``nodes``; raises ``ProbeError`` when their cone is too large or an operator fails. What lies
@@ -131,7 +172,7 @@ class Probe:
 
     def _random(self, node: fx.Node) -> Tensor:
         fake = node.meta["val"]
-        size = [concrete(extent) for extent in fake.shape]
+        size = _size(node) if self.sample is None else self.sample.size(_size(node))
         drawn = self.pool.take(size, fake.dtype, self._frontier[node]).to(fake.device)
         value: Tensor = self._widen(drawn)
         strides = sorted((i for i in range(fake.dim())), key=lambda i: -concrete(fake.stride()[i]))
@@ -144,6 +185,10 @@ class Probe:
         if self.double and isinstance(value, Tensor) and value.is_floating_point():
             return value.double()
         return value
+
+
+def _size(node: fx.Node) -> list[int]:
+    return [concrete(extent) for extent in shape(node)]
 
 
 def index_like(program: Program, node: fx.Node, limit: int = 256) -> bool:

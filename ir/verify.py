@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from regraft.ir.exactness import REASSOCIATION_TOLERANCE, Exactness
 from regraft.ir.memory import give_back
-from regraft.ir.nodes import is_tensor, shape, sizes_equal
-from regraft.ir.probe import Pool, Probe, ProbeError, is_size, vary_inputs
+from regraft.ir.nodes import concrete, is_tensor, shape, sizes_equal
+from regraft.ir.probe import Pool, Probe, ProbeError, Sample, is_size, vary_inputs
 from regraft.ir.program import Program
 from regraft.ir.repeats import Signature, Unrepeatable
 
@@ -36,7 +36,7 @@ class Verdict:
 
 @dataclass
 class Checked:
-    """Verdicts by what was computed for them. Not ``reused``, every check is computed."""
+    """Verdicts by what was computed for them. Not ``reused``, every check is computed, and on whole batches."""
 
     reused: bool = True
     verdicts: dict[Hashable, Verdict] = field(default_factory=dict)
@@ -149,11 +149,38 @@ class Verifier:
         signature = self._signature(probe, wanted, (inputs is self.program.example, exactness, against_fp64))
         verdict = self.checked.known(signature)
         if verdict is None:
-            values = probe.evaluate(wanted)
-            verdict = self._judge(pairs, frontier, inputs, values, exactness, against_fp64)
+            verdict = self._judge_sample(pairs, probe, frontier, inputs, exactness, against_fp64)
+            if verdict is None:
+                values = probe.evaluate(wanted)
+                verdict = self._judge(pairs, frontier, inputs, values, exactness, against_fp64)
             if verdict.accepted:
                 self.checked.verdicts[signature] = verdict
         return verdict
+
+    def _judge_sample(
+        self,
+        pairs: dict[fx.Node, fx.Node],
+        whole: Probe,
+        frontier: list[fx.Node],
+        inputs: list[Any],
+        exactness: Exactness,
+        against_fp64: bool,
+    ) -> Verdict | None:
+        """The verdict on a part of a large batch, if it accepts. None where there is no such part, where the nodes are
+        for the whole batch only, and where the rewrite is off on it: the whole then decides."""
+        sample = whole.worthwhile_sample() if self.checked.reused else None
+        if sample is None:
+            return None
+        probe = Probe(self.program, frontier, self.pool, inputs, sample=sample)
+        try:
+            values = probe.evaluate([*pairs, *pairs.values()])
+            sizes = [sample.size([concrete(extent) for extent in shape(old)]) for old in pairs]
+            if [list(value.shape) for value in values] != [*sizes, *sizes]:
+                return None
+            verdict = self._judge(pairs, frontier, inputs, values, exactness, against_fp64, sample)
+        except ProbeError:
+            return None
+        return verdict if verdict.accepted else None
 
     def _signature(self, probe: Probe, wanted: list[fx.Node], asked: Hashable) -> Hashable:
         """What the check computes; a value of its own where that cannot be told."""
@@ -170,6 +197,7 @@ class Verifier:
         values: list[Any],
         exactness: Exactness,
         against_fp64: bool,
+        sample: Sample | None = None,
     ) -> Verdict:
         old, new = values[: len(pairs)], values[len(pairs) :]
         drift = max((relative_l2(b, a) for a, b in zip(old, new, strict=True)), default=0.0)
@@ -180,7 +208,7 @@ class Verifier:
             return Verdict(True, drift=drift)
         if exactness is Exactness.BITWISE:
             return Verdict(False, f"declared bitwise, but changes the result by {drift:.1e}", drift)
-        wide = Probe(self.program, frontier, self.pool, inputs, double=True).evaluate(pairs)
+        wide = Probe(self.program, frontier, self.pool, inputs, double=True, sample=sample).evaluate(pairs)
         new_error = max(relative_l2(b, exact) for b, exact in zip(new, wide, strict=True))
         old_error = max(relative_l2(a, exact) for a, exact in zip(old, wide, strict=True))
         accepted = new_error <= max(tolerance, _CLOSE_ENOUGH_TO_ORIGINAL * old_error)
