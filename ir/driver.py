@@ -57,6 +57,8 @@ class Session:
     target: str = "cpu"
     #: Kernel decisions that were measured before (an artifact's ``tuning.jsonl``); the lowering measures none of these.
     tuning: bytes = b""
+    #: Whether the lowering may measure what it finds no decision for on a GPU: not where an artifact is loaded.
+    measures: bool = True
     #: What was checked so far, in all passes.
     checked: Checked = field(default_factory=Checked)
     applied: int = 0

@@ -14,14 +14,14 @@ from torch.export import ExportedProgram
 from regraft.build import Entry, Toolchain
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.compiled import CompiledModule, Options
-from regraft.errors import ArtifactError, CaptureError, OptionError, TargetError
+from regraft.errors import ArtifactError, CaptureError, OptionError, RegraftError, TargetError
 from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
 from regraft.ir.ops.gather import collective_calls
 from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.transport import group_of
-from regraft.kernels import check_kernels
+from regraft.kernels import check_kernels, notes_of
 
 if TYPE_CHECKING:
     from regraft.budget import Budget, Spending
@@ -147,19 +147,20 @@ def load(path: str | os.PathLike[str], *, trust_kernels: bool = False) -> Compil
         raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded: {error}") from error
     options = Options(target=_check_target(loaded.manifest.targets[0] if loaded.manifest.targets else "cpu"))
     tuning = loaded.members.get("tuning.jsonl", b"")
-    session = Session(log=Log(), verify="off", target=options.target, tuning=tuning)
+    session = Session(log=Log(), verify="off", target=options.target, tuning=tuning, measures=False)
     try:
         executable = options.toolchain.lower(loaded.program, session)
         other = check_kernels(executable, loaded.manifest.members)
-    except ArtifactError as error:
+    except RegraftError as error:
         raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded: {error}") from error
     except Exception as error:  # a graph that no capture made can fail anywhere
         raise ArtifactError(
             f"{os.fsdecode(path)} cannot be loaded: its graph cannot be lowered ({first_line(error)}); "
             "save the model again"
         ) from error
-    if other is not None:
-        report.record("relowering", other)
+    for kind, reason in (("relowering", other), *(("tuning", note) for note in notes_of(executable))):
+        if reason is not None:
+            report.record(kind, reason)
     compiled = CompiledModule(None, options, report)
     compiled.install(Entry(loaded.program, executable))
     return compiled

@@ -58,8 +58,10 @@ def _default_pipeline(target: str) -> Passes:
 def _default_lower(program: Program, session: Session) -> Executable:
     if session.target != "cpu":
         from regraft.codegen.triton.lower import lower as lower_for_gpu
+        from regraft.codegen.triton.tuner import KernelTuner
 
-        return lower_for_gpu(program, session.log)
+        kernels = KernelTuner.of(program, session.target, session.tuning, session.measures)
+        return lower_for_gpu(program, session.log, kernels)
     from regraft.codegen.cpu.lower import lower
     from regraft.codegen.cpu.tuning import Tuner
 
@@ -165,7 +167,8 @@ def copied_entry(entry: Entry, toolchain: Toolchain, target: str, memo: dict[int
     """The same code over copies of its weights, lowered anew with the kernels that were chosen before."""
     program = entry.program.copy()
     program.weights.originals = copy.deepcopy(program.weights.originals, memo)  # tied weights stay tied
-    session = Session(verify="off", target=target, tuning=getattr(entry.executable, "tuning", b""))
+    tuning = getattr(entry.executable, "tuning", b"")
+    session = Session(verify="off", target=target, tuning=tuning, measures=False)
     return Entry(program, toolchain.lower(program, session))
 
 

@@ -24,6 +24,7 @@ from regraft.guard import UnsupportedInput, describe, describe_call, flatten_cal
 from regraft.ir.capture import capture
 from regraft.ir.capture_error import first_line
 from regraft.ir.memory import no_cycle_search
+from regraft.kernels import notes_of
 from regraft.stand_in import StandIn
 from regraft.watch import WeightWatch
 
@@ -302,6 +303,8 @@ class CompiledModule(StandIn):
             self._event("unpadding", self._options.unpad(made, self._options, lambda: _own_output(model, args, kwargs)))
         outputs, made.outputs = made.outputs, None  # not to be held for the report
         self._take_report(made, seconds)
+        for note in notes_of(made.entry.executable):
+            self._event("tuning", note)
         for reason in self._options.experts.refused(made.log) if self._options.experts is not None else ():
             self._event("placement", reason)
         if not made.accepted:

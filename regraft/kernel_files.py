@@ -21,6 +21,8 @@ from regraft.artifact import load as read
 from regraft.codegen.triton.build import Build, BuildError, gpu_target, try_build
 from regraft.codegen.triton.emit import Entry, Kernel
 from regraft.codegen.triton.lower import lower
+from regraft.codegen.triton.tuner import KernelTuner
+from regraft.codegen.triton.tuning_records import TuningError
 from regraft.errors import ArtifactError, TargetError
 from regraft.ir.records import Log
 from regraft.kernels import check_kernels
@@ -68,8 +70,14 @@ class KernelFiles:
 def artifact_kernels(artifact: Path) -> tuple[tuple[Kernel, ...], tuple[str, ...]]:
     """The kernels that an artifact calls on a GPU, and why sites have none. Raises ``ArtifactError``."""
     loaded, log = read(artifact), Log()
-    executable = lower(loaded.program, log)
-    if any(target != "cpu" for target in loaded.manifest.targets):
+    targets, tuning = loaded.manifest.targets, loaded.members.get("tuning.jsonl", b"")
+    target = next((target for target in targets if target != "cpu"), None)
+    try:  # what a CPU's records say is not about these kernels
+        tuner = None if target is None else KernelTuner.of(loaded.program, target, tuning, measures=False)
+    except TuningError as error:
+        raise ArtifactError(f"{artifact} cannot be read: {error}") from error
+    executable = lower(loaded.program, log, tuner)
+    if target is not None:
         try:
             check_kernels(executable, loaded.manifest.members)
         except ArtifactError as error:

@@ -26,6 +26,12 @@ def kernels_of(executable: Any) -> tuple[Kernel, ...]:
     return found
 
 
+def notes_of(executable: Any) -> tuple[str, ...]:
+    """What a lowering for a GPU has to tell about its choices."""
+    found: tuple[str, ...] = getattr(executable, "notes", ())
+    return found
+
+
 def kernel_members(executable: Any) -> dict[str, bytes]:
     """The members of an artifact that hold a lowered program's kernels."""
     return {f"kernels/{kernel.name}/source.py": kernel.source.encode() for kernel in kernels_of(executable)}
@@ -46,5 +52,5 @@ def check_kernels(executable: Any, saved: Mapping[str, Member]) -> str | None:
         return None
     return (
         f"{len(sources.keys() - emitted.keys())} of {len(sources)} saved kernels were emitted by another version of "
-        "regraft; kernels of this version run instead"
+        "regraft, or chosen on another architecture; what this version chooses here runs instead"
     )

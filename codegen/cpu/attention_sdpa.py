@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,8 +67,9 @@ def attend_sdpa(
     )
 
 
-def lower_sdpa(context: Context, given: dict[str, Any]) -> fx.Node:
-    """Emit one attention site on PyTorch's kernel."""
+def lower_sdpa(context: Context, given: dict[str, Any], attend: Callable[..., Tensor] = attend_sdpa) -> fx.Node:
+    """Emit one attention site on PyTorch's kernel; ``attend`` may be ``attend_sdpa`` with a back end of its own, where
+    the site has no sinks."""
     query, key, value = (context.value(given[name]) for name in ("query", "key", "value"))
     if given["sinks"] is not None:
         return _lower_with_sinks(context, given, query, key, value)
@@ -78,7 +80,7 @@ def lower_sdpa(context: Context, given: dict[str, Any]) -> fx.Node:
         causal = True
     elif _has_mask(given):
         mask, causal = _mask_nodes(context, given, query)
-    out = context.call(attend_sdpa, query, key, value, mask, causal, given["scale"], grouped)
+    out = context.call(attend, query, key, value, mask, causal, given["scale"], grouped)
     return _settle_empty_rows(context, given, out, mask, value)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from regraft.codegen.cpu.attention_native import AttentionShape
 from regraft.codegen.cpu.context import Emitter
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
+from regraft.codegen.timing import best_in_turn
 from regraft.ir.memory import give_back
 
 _SECONDS_PER_SHAPE = 0.06
@@ -29,8 +30,6 @@ _UNKNOWN_ROWS = 256  # where their number is symbolic
 _MOST_PRODUCTS = 1 << 27  # of numbers, in a layer that is measured: more take longer, and tell nothing else
 _ENOUGH_ROWS, _ENOUGH_COLUMNS = 192, 1024  # are measured whatever that makes
 _MOST_NUMBERS = 1 << 20  # of a weight or of results
-_NOT_IN_VAIN = 1.3  # a kernel that takes this much longer than the best is not measured again
-_TRIED = 1e-3  # seconds of measuring before that is known
 _NO_EPILOGUE: dict[str, Any] = {
     "has_bias": False,
     "activation": "none",
@@ -242,28 +241,24 @@ def _interleaved(
 ) -> dict[str, float]:
     """Best seconds of each, called in turn until the time is used up: noise then hits all alike. What the neighbour
     loses by coming after a kernel counts as the kernel's own time."""
-    best = {name: float("inf") for name in runs}
     beside = neighbour or (lambda: None)
     alone = float("inf")
-    deadline = time.perf_counter() + _SECONDS_PER_SHAPE
-    rounds = 0
-    while rounds < 3 or (rounds < 30 and time.perf_counter() < deadline):
-        least = min(best.values(), default=0.0)
-        for name, run in runs.items():
-            if rounds * least > _TRIED and best[name] > _NOT_IN_VAIN * least:
-                continue
-            prepare()
-            (rehearsals.get(name) or beside)()
-            beside()
-            started = time.perf_counter()
-            beside()
-            alone = min(alone, time.perf_counter() - started)
-            started = time.perf_counter()
-            run()
-            beside()
-            best[name] = min(best[name], time.perf_counter() - started)
-        rounds += 1
-    return {name: max(seconds - alone, 1e-9) for name, seconds in best.items()}
+
+    def seconds(name: str) -> float:
+        nonlocal alone
+        prepare()
+        (rehearsals.get(name) or beside)()
+        beside()
+        started = time.perf_counter()
+        beside()
+        alone = min(alone, time.perf_counter() - started)
+        started = time.perf_counter()
+        runs[name]()
+        beside()
+        return time.perf_counter() - started
+
+    best = best_in_turn(runs, seconds, _SECONDS_PER_SHAPE)
+    return {name: max(taken - alone, 1e-9) for name, taken in best.items()}
 
 
 def _measured_rows(shape: LinearShape) -> int:

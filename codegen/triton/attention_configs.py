@@ -1,6 +1,8 @@
-"""Default tiles of attention kernels: what builds without spilling registers on every target (``bench.aot``).
+"""Tiles of attention kernels: the default ones, which build without spilling registers on every target
+(``bench.aot``), and those that are tried beside them where a device is at hand.
 
-Untuned: chosen by what the compiler says of registers and shared memory, not by time. Tuning records replace them.
+The defaults are chosen by what the compiler says of registers and shared memory, not by time; tuning records replace
+them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 #: whose kernels must stay below 99 KiB.
 _TILED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 _AS = {"sm_120": "sm_80"}
+_SMALLEST_TILE = 16  # what a matrix product takes
 
 # Rows of queries and keys of a tile, warps, stages, by the width of a head in registers. "pairs": something is read for
 # each pair of a query and a key (a bias, a dense mask, bits of a tree), which takes registers of its own.
@@ -68,6 +71,20 @@ def combine_configs(value_dim: int) -> dict[str, tuple[int, int, int]]:
     """Rows of a program, warps and stages of the kernels that merge parts."""
     rows = 16 if padded(value_dim) <= 256 else 4
     return dict.fromkeys(_TILED, (rows, 4, 1))
+
+
+def neighbours(config: Config) -> list[Config]:
+    """A few tiles near ``config``: a deeper pipeline, smaller and larger tiles, other numbers of warps. Not all of
+    them fit a device."""
+    rows, keys, warps, stages = config
+    near = [
+        (rows, keys, warps, stages + 1),
+        (rows, keys, 4 if warps == 8 else 8, stages),
+        (rows, keys // 2, warps, stages + 1),
+        (rows, keys * 2, warps, max(1, stages - 1)),
+        (rows // 2, keys, 4, stages),
+    ]
+    return [found for found in near if min(found[:2]) >= _SMALLEST_TILE]
 
 
 def _chosen(spec: AttentionSpec, fp32: dict[int, Config], half: dict[str, dict[int, Config]]) -> dict[str, Config]:

@@ -6,9 +6,11 @@ output of its part, not normalised, with the sum of weights and the row's maximu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from regraft.codegen.triton.attention_configs import combine_configs, decode_configs
+from regraft.codegen.triton.archs import with_lines
+from regraft.codegen.triton.attention_configs import Config, combine_configs, decode_configs
 from regraft.codegen.triton.attention_layout import CONTIGUOUS, KeyLayout
 from regraft.codegen.triton.attention_loops import loops, ordering_lines
 from regraft.codegen.triton.attention_parts import AttentionParts, common_facts
@@ -20,12 +22,18 @@ _TITLE = "Attention of few queries: the keys are divided among programs, and wha
 _NAME = "attention_decode"
 
 
-def emit_decode(spec: AttentionSpec, layout: KeyLayout = CONTIGUOUS, origins: tuple[Origin, ...] = ()) -> Kernel:
-    """The kernels for few queries; raises ``Unsupported`` where ``supports`` or the layout gives a reason."""
+def emit_decode(
+    spec: AttentionSpec,
+    layout: KeyLayout = CONTIGUOUS,
+    origins: tuple[Origin, ...] = (),
+    tiles: Mapping[str, Config] | None = None,
+) -> Kernel:
+    """The kernels for few queries; ``tiles`` of some architectures take the place of the default ones. Raises
+    ``Unsupported`` where ``supports`` or the layout gives a reason."""
     parts = AttentionParts(spec, replace(layout, packs_heads=True))
     parameters, combine = _parameters(parts), _combine_parameters(parts)
     merging = combine_configs(spec.value_dim)
-    configs = decode_configs(spec)
+    configs = with_lines(decode_configs(spec), tiles or {})
     scanned = "query_length", "key_length", "kv_heads", "group", "splits", "row_count"
     indexed = layout.kind == "indexed"
     body = render(

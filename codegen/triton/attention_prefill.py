@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from regraft.codegen.triton.attention_configs import prefill_configs
+from collections.abc import Mapping
+
+from regraft.codegen.triton.archs import with_lines
+from regraft.codegen.triton.attention_configs import Config, prefill_configs
 from regraft.codegen.triton.attention_loops import loops, ordering_lines
 from regraft.codegen.triton.attention_parts import STRIDED, AttentionParts, common_facts
 from regraft.codegen.triton.attention_spec import AttentionSpec
@@ -12,11 +15,14 @@ _TITLE = "Attention of many queries: one program a tile of them, over the tiles 
 _NAME = "attention_prefill"
 
 
-def emit_prefill(spec: AttentionSpec, origins: tuple[Origin, ...] = ()) -> Kernel:
-    """The kernel for many queries; raises ``Unsupported`` where ``supports`` gives a reason."""
+def emit_prefill(
+    spec: AttentionSpec, origins: tuple[Origin, ...] = (), tiles: Mapping[str, Config] | None = None
+) -> Kernel:
+    """The kernel for many queries; ``tiles`` of some architectures take the place of the default ones. Raises
+    ``Unsupported`` where ``supports`` gives a reason."""
     parts = AttentionParts(spec)
     parameters = _parameters(parts)
-    configs = prefill_configs(spec)
+    configs = with_lines(prefill_configs(spec), tiles or {})
     body = render(
         "prefill.py.j2",
         name=f"{_NAME}_@",

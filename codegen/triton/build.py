@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from regraft.codegen.triton.archs import line_for, number_of
 from regraft.codegen.triton.emit import Entry, Kernel
 from regraft.codegen.triton.load import load_kernel
 
@@ -105,27 +106,20 @@ def try_build(kernel: Kernel, entry: Entry, arch: str) -> Build | BuildError:
 
 
 def _config(entry: Entry, arch: str) -> tuple[int, ...]:
-    """The tiles of an architecture; NVIDIA's that are not named take the last before them, as launchers do."""
-    if arch in entry.configs:
-        return entry.configs[arch]
-    before = [known for known in entry.configs if _number(known) is not None]
-    lower = [known for known in before if (_number(known) or 0) <= (_number(arch) or -1)]
-    if not lower:
+    """The tiles of an architecture."""
+    found = line_for(entry.configs, arch)
+    if found is None:
         raise BuildError(f"{entry.name} has no tiles for {arch!r}; it has for {', '.join(entry.configs)}")
-    return entry.configs[max(lower, key=lambda known: _number(known) or 0)]
-
-
-def _number(arch: str) -> int | None:
-    """90 of "sm_90"; None for what is not NVIDIA's."""
-    return int(arch[3:]) if re.fullmatch(r"sm_\d+", arch) else None
+    return found
 
 
 def gpu_target(arch: str) -> Any:
     """Triton's target for "sm_90", "gfx942", …; raises ``ValueError`` for any other word."""
     from triton.backends.compiler import GPUTarget
 
-    if re.fullmatch(r"sm_\d+", arch):
-        return GPUTarget("cuda", int(arch[3:]), 32)
+    number = number_of(arch)
+    if number is not None:
+        return GPUTarget("cuda", number, 32)
     if re.fullmatch(r"gfx9\w+", arch):
         return GPUTarget("hip", arch, 64)
     raise ValueError(f"the architecture is {arch!r}, and sm_80, sm_90, sm_100, gfx942 … are known")

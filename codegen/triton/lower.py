@@ -16,9 +16,11 @@ from torch import fx
 
 from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.executable import Executable
-from regraft.codegen.triton.attention_lower import OPERATORS, AttentionPlan, Choice, refused_text
+from regraft.codegen.triton.attention_lower import AttentionPlan, Choice, refused_text
+from regraft.codegen.triton.attention_site import OPERATORS
 from regraft.codegen.triton.emit import Kernel
 from regraft.codegen.triton.gemm.lower import lower_kernels
+from regraft.codegen.triton.tuner import KernelTuner
 from regraft.ir.exactness import Exactness
 from regraft.ir.nodes import user_line
 from regraft.ir.program import Program
@@ -31,18 +33,28 @@ Lowering = Callable[[Context, fx.Node], fx.Node]
 
 
 class KernelExecutable(Executable):
-    """A lowered program with the kernels that it calls, and what was chosen for each attention."""
+    """A lowered program with the kernels that it calls, what was chosen for each attention, and what to tell about
+    that choice as ``notes``."""
 
-    def __init__(self, module: fx.GraphModule, kernels: tuple[Kernel, ...], choices: tuple[Choice, ...]) -> None:
-        super().__init__(module, b"")
-        self.kernels, self.choices = kernels, choices
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        tuning: bytes,
+        kernels: tuple[Kernel, ...],
+        choices: tuple[Choice, ...],
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(module, tuning)
+        self.kernels, self.choices, self.notes = kernels, choices, notes
 
 
-def lower(program: Program, log: Log | None = None) -> KernelExecutable:
-    """The program as an executable for a GPU; ``log`` is told which sites have a kernel, and why others have none."""
+def lower(program: Program, log: Log | None = None, tuner: KernelTuner | None = None) -> KernelExecutable:
+    """The program as an executable for a GPU; ``log`` is told which sites have a kernel, and why others have none.
+    ``tuner`` decides between kernels, PyTorch's attention and FlexAttention; without one, kernels run."""
+    tuner = tuner or KernelTuner()
     program = program.copy()  # regions are replaced in place
     regions = lower_kernels(program)
-    attention = AttentionPlan.of(program.graph)
+    attention = AttentionPlan.of(program, tuner)
     lowerings: dict[Any, Lowering] = dict.fromkeys(OPERATORS, attention.lower)
     context = Context(torch.nn.Module(), fx.Graph(), program=program)
     for node in program.user_inputs():
@@ -58,7 +70,9 @@ def lower(program: Program, log: Log | None = None) -> KernelExecutable:
         _tell(log, choices)
         regions.tell(log)
     module = fx.GraphModule(context.root, context.graph)
-    return KernelExecutable(module, (*attention.kernels.values(), *regions.kernels.values()), choices)
+    kernels = (*attention.kernels.values(), *regions.kernels.values())
+    notes = tuner.notes(sum(choice.record is None for choice in choices))
+    return KernelExecutable(module, tuner.to_lines(), kernels, choices, notes)
 
 
 def _as_it_is(context: Context, node: fx.Node) -> fx.Node:

@@ -26,8 +26,8 @@ class ReportError(RegraftError, ValueError):
 @dataclass(frozen=True)
 class Event:
     """Something that happened at run time: ``kind`` is "recapture", "fallback", "relowering", "placement" for experts
-    that a plan could not move, "budget" for an accuracy budget that could not be spent, or "unpadding" for what was
-    decided about that."""
+    that a plan could not move, "budget" for an accuracy budget that could not be spent, "unpadding" for what was
+    decided about that, or "tuning" for what was not measured on a GPU and why."""
 
     kind: str
     reason: str
