@@ -25,6 +25,7 @@ from regraft.passes.recognize.gelu import RecognizeGelu, RecognizeGeluTanh
 from regraft.passes.recognize.glu import RecognizeGlu, RecognizeTorchGlu
 from regraft.passes.recognize.layer_norm import RecognizeLayerNorm
 from regraft.passes.recognize.moe import RecognizeMoe
+from regraft.passes.recognize.moe_left import DropCountChecks, ReportLeftExperts
 from regraft.passes.recognize.moe_loop import RecognizeMoeLoop
 from regraft.passes.recognize.rms_norm import RecognizeRmsNorm
 from regraft.passes.recognize.rms_norm_call import RecognizeRmsNormCall
@@ -111,6 +112,8 @@ def recognising(experts: Pass | None = None) -> Pipeline:
             *CANONICALIZE,
             RecognizeRowwise(),
             RecognizeBlocks(),
+            DropCountChecks(),
+            ReportLeftExperts(),
             CountSites(),
             *((experts,) if experts is not None else ()),
             MergeCommonSubexpressions(),

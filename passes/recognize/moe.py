@@ -1,8 +1,9 @@
 """Recognise the routed experts of a MoE block that runs on token-expert pairs, sorted by expert or not.
 
-Covers grouped products over sorted pairs and batched products with gathered weights; ``moe_loop.py`` covers
-loops over experts. The region starts where the outputs of each token's experts are summed, and ends at the
-tokens, the expert index and the routing weights: the router and shared experts stay outside.
+Covers grouped products over sorted pairs, batched products with gathered weights, and sorted pairs that are cut into
+one piece an expert; ``moe_loop.py`` covers loops over experts that add up. The region starts where the outputs of
+each token's experts are summed, and ends at the tokens, the expert index and the routing weights: the router and
+shared experts stay outside.
 """
 
 from __future__ import annotations
@@ -13,43 +14,40 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from regraft.ir.nodes import Builder, arguments, is_call, is_tensor, rank, shape, size_equal, sizes_equal
 from regraft.ir.pattern import anything, either, operator
+from regraft.ir.program import Program
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.recognize import moe_examples as shown
-from regraft.passes.recognize.moe_experts import (
-    Experts,
-    Projection,
-    Refused,
-    build_experts,
-    float_source,
-    read_gate,
-    same_storage,
-)
+from regraft.passes.recognize import moe_pieces_examples as pieces_shown
+from regraft.passes.recognize.moe_experts import Experts, Gate, Projection, Refused, float_source, read_gate
+from regraft.passes.recognize.moe_pieces import read_pieces
+from regraft.passes.recognize.moe_products import read_product
 from regraft.passes.recognize.moe_rows import (
+    ZEROS,
+    Ids,
     Tokens,
     picked,
-    read_product,
     read_token_numbers,
     read_tokens,
     read_weights,
     undone_by,
 )
+from regraft.passes.recognize.moe_weights import emit, join_experts, read_expert
 
 aten = torch.ops.aten
 total = operator(aten.sum.dim_IntList)
 index_add = operator(aten.index_add.default)
-
-_ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 
 
 class RecognizeMoe(Rule):
     """``sum over k of weight * expert(token)`` computed on one row a token-expert pair."""
 
     recognizes = "moe"
-    examples = shown.PAIRS
-    near_misses = shown.PAIRS_NEAR_MISSES
+    examples = (*shown.PAIRS, *pieces_shown.PIECES)
+    near_misses = (*shown.PAIRS_NEAR_MISSES, *pieces_shown.PIECES_NEAR_MISSES)
 
     def pattern(self, pairs: Any) -> Any:
         return either(
@@ -64,23 +62,14 @@ class RecognizeMoe(Rule):
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         found = analyse(match)
-        return None if found is None or isinstance(found, Refused) else emit(build, match.root, found)
-
-
-def emit(build: Builder, root: fx.Node, experts: Experts) -> fx.Node:
-    """The operator, with all of its weights stored alike."""
-    stored = experts.down.transposed
-    first = same_storage(build, experts.first, stored)
-    up = None if experts.up is None else same_storage(build, experts.up, stored)
-    fields = {**vars(experts), "first": first, "up": up}
-    return build_experts(build, root, Experts(**fields))
+        return None if found is None or isinstance(found, Refused) else emit(build, match.root, found, match.program)
 
 
 def analyse(match: Match) -> Experts | Refused | None:
     """The experts that end in the match; what refuses them; None where no experts end."""
     try:
         walk = _walk(match)
-        return None if walk is None else _experts(match.root, walk)
+        return None if walk is None else _experts(match.root, walk, match.program)
     except Refused as refused:
         return refused
 
@@ -105,8 +94,8 @@ def _walk(match: Match) -> _Walk | None:
         if numbers is None or match.dim not in (0, -2) or arguments(match.root)["alpha"] != 1:
             return None
         walk.top_k, walk.order = numbers
-        walk.base = None if is_call(match.base, _ZEROS) else match.base
-    while read_product(walk.product) is None:
+        walk.base = None if is_call(match.base, ZEROS) else match.base
+    while read_product(walk.product, match.program) is None and read_pieces(walk.product) is None:
         if not _step(walk):
             return None
     return walk
@@ -136,33 +125,76 @@ def _weighs(factor: Any, value: Any) -> bool:
     """Whether ``factor`` is one number for each row of ``value``."""
     if not is_tensor(factor) or not is_tensor(value) or shape(factor)[-1:] != (1,) or shape(value)[-1] == 1:
         return False
+    if rank(value) == 2 and free_unbacked_symbols(shape(value)[0]):  # joined pieces: there are as many as pairs
+        return rank(factor) == 2
     return sizes_equal(shape(factor)[:-1], shape(value)[:-1])
 
 
-def _experts(root: fx.Node, walk: _Walk) -> Experts:
-    read = read_product(walk.product)
-    assert read is not None
-    down, ids = read
-    gate = read_gate(float_source(down.rows))
-    first, tokens = _projection(gate.first, ids.flat)
-    up, up_tokens = _projection(gate.up, ids.flat) if gate.up is not None else (None, tokens)
-    if up_tokens != tokens or not ids.fit(ids.flat, tokens.order):
-        raise Refused("the projections of the experts are not of the same pairs", gate.first)
+@dataclass
+class _Computed:
+    """What the experts compute, of which tokens, and the nodes that nothing outside of it may read."""
+
+    gate: Gate
+    first: Projection
+    down: Projection
+    up: Projection | None
+    tokens: Tokens
+    ids: Ids
+    inside: tuple[fx.Node, ...]
+
+
+def _experts(root: fx.Node, walk: _Walk, program: Program) -> Experts:
+    found = _by_products(walk.product, program) or _by_pieces(walk.product, program)
+    tokens = found.tokens
+    if not found.ids.fit(found.ids.flat, tokens.order):
+        raise Refused("the projections of the experts are not of the same pairs", found.gate.first)
     if walk.order is not tokens.order:
         raise Refused("the expert outputs are not brought back to the order of the tokens", walk.product)
     if walk.weight is None:
         raise Refused("the expert outputs are not multiplied by routing weights", walk.product)
     weight = read_weights(walk.weight, walk.weight_order)
     _check_pairs(root, walk, tokens, weight)
-    for node in (walk.product, gate.first):
+    for node in found.inside:
         if len({user for user in node.users if not is_call(user, (aten.slice.Tensor,))}) > 1:
             raise Refused("the expert outputs are used elsewhere", node)
-    return Experts(tokens.hidden, ids.flat, weight, tokens.top_k, gate, first, down, up, tokens.cast, walk.base)
+    index, cast = found.ids.flat, tokens.cast
+    return Experts(
+        tokens.hidden, index, weight, tokens.top_k, found.gate, found.first, found.down, found.up, cast, walk.base
+    )
 
 
-def _projection(node: fx.Node, flat: fx.Node) -> tuple[Projection, Tokens]:
+def _by_products(product: fx.Node, program: Program) -> _Computed | None:
+    """Experts whose projections are of all pairs at once."""
+    read = read_product(product, program)
+    if read is None:
+        return None
+    down, ids = read
+    inner = float_source(down.rows)
+    if picked(inner) is not None:
+        raise Refused("the experts are one projection, not two with a gate function between them", product)
+    gate = read_gate(inner)
+    first, tokens = _projection(gate.first, ids.flat, program)
+    up, up_tokens = _projection(gate.up, ids.flat, program) if gate.up is not None else (None, tokens)
+    if up_tokens != tokens:
+        raise Refused("the projections of the experts are not of the same pairs", gate.first)
+    return _Computed(gate, first, down, up, tokens, ids, (product, gate.first))
+
+
+def _by_pieces(product: fx.Node, program: Program) -> _Computed:
+    """Experts each of which runs whole on its piece of the sorted pairs."""
+    pieces = read_pieces(product)
+    assert pieces is not None
+    experts = [read_expert(part) for part in pieces.made]
+    if [expert.rows for expert in experts] != list(pieces.cut):
+        raise Refused("an expert does not run on the tokens that chose it", product)
+    first, down, *up = join_experts(pieces.rows, experts, program)
+    tokens, ids = read_tokens(pieces.rows), Ids(pieces.flat, None, grouped=True)
+    return _Computed(experts[0].gate, first, down, up[0] if up else None, tokens, ids, (product,))
+
+
+def _projection(node: fx.Node, flat: fx.Node, program: Program) -> tuple[Projection, Tokens]:
     """A first projection and the tokens that it is of; raises ``Refused``."""
-    read = read_product(float_source(node))
+    read = read_product(float_source(node), program)
     if read is None:
         raise Refused("the input of the gate function is no projection by the experts", node)
     projection, ids = read

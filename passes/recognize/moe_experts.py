@@ -43,12 +43,14 @@ class Gate:
 @dataclass(frozen=True)
 class Projection:
     """A projection of every expert: ``weight [experts, out, in]`` (``[experts, in, out]`` where
-    ``transposed``) and ``bias [experts, out]``; ``rows`` is what it is applied to."""
+    ``transposed``) and ``bias [experts, out]``; ``rows`` is what it is applied to. ``parts`` are those of each
+    expert where they are not stacked yet; weight and bias are then the first expert's."""
 
     rows: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     transposed: bool
+    parts: tuple[Projection, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ import torch
 from torch import fx
 
 from regraft.ir.nodes import arguments, dtype, is_call, rank, shape, size_equal
-from regraft.passes.recognize.moe_experts import Projection, Refused, float_source
+from regraft.passes.recognize.moe_experts import Refused, float_source
 
 aten = torch.ops.aten
 
-#: Products of sorted rows with one matrix a group: ``(rows, matrices, offsets)``.
-_GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
 _BLANK = (aten.empty_like.default, aten.zeros_like.default, aten.new_empty.default, aten.empty.memory_format)
+ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 _SORTS = (aten.sort.default, aten.sort.stable)
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -61,6 +60,11 @@ def _descending(order: fx.Node) -> bool:
     return bool(arguments(order).get("descending", False))
 
 
+def distinct(index: Any) -> bool:
+    """Whether no token names an expert twice: a ``scatter`` keeps one of two, a sum both."""
+    return is_call(index, (operator.getitem,)) and is_call(index.args[0], (aten.topk.default,))
+
+
 def picked(node: Any) -> tuple[fx.Node, Any] | None:
     """``(table, rows)`` of a node that picks entries of the first dimension of ``table``."""
     if is_call(node, (aten.index.Tensor,)) and len(node.args[1]) == 1:
@@ -72,7 +76,7 @@ def picked(node: Any) -> tuple[fx.Node, Any] | None:
 
 @dataclass(frozen=True)
 class Ids:
-    """Expert ids of some rows: ``flat`` in the source order, and the order that the rows are in.
+    """Expert ids of some rows: ``flat`` in the source order, of any shape, and the order that the rows are in.
 
     ``grouped`` rows must be sorted by expert; their order is None where only the rows themselves tell it.
     """
@@ -91,14 +95,19 @@ class Ids:
 
 
 def read_ids(node: Any) -> Ids:
-    """Expert ids, sorted or not; casts between integers and to float (for ``histc``) are looked through."""
+    """Expert ids, sorted or not; reshapes and casts between integers and to float (for ``histc``) are looked
+    through."""
     while is_call(node, (aten.to.dtype,)) and dtype(node) in (*_INTEGERS, torch.float32, torch.float64):
         node = node.args[0]
     if is_call(node, (operator.getitem,)) and node.args[1] == 0 and is_call(node.args[0], _SORTS):
         return Ids(read_ids(node.args[0].args[0]).flat, node.args[0])
     pick = picked(node)
     order = order_of(pick[1]) if pick is not None else None
-    return Ids(read_ids(pick[0]).flat, order) if pick is not None and order is not None else Ids(node, None)
+    if pick is not None and order is not None:
+        return Ids(read_ids(pick[0]).flat, order)
+    while is_call(node, (aten.reshape.default,)):  # which keeps the order of the elements
+        node = node.args[0]
+    return Ids(node, None)
 
 
 def sorted_ids(order: fx.Node) -> fx.Node:
@@ -176,87 +185,32 @@ def read_weights(node: Any, order: fx.Node | None) -> fx.Node:
     return node
 
 
-def read_product(node: Any) -> tuple[Projection, Ids] | None:
-    """A projection of rows by the experts that ``ids`` selects, None for any other node.
-
-    Raises ``Refused`` where the groups of a grouped product are not those of its rows.
-    """
-    bias: tuple[fx.Node, Any] | None = None
-    if is_call(node, (aten.add.Tensor,)):
-        for product, added in (node.args[:2], node.args[1::-1]):
-            bias = picked(added)
-            read = read_product(product) if bias is not None and rank(bias[0]) == 2 else None
-            if read is not None and bias is not None:
-                return _with_bias(read, bias, node)
-        return None
-    return _grouped(node) or _selected(node)
-
-
-def _with_bias(read: tuple[Projection, Ids], bias: tuple[fx.Node, Any], node: fx.Node) -> tuple[Projection, Ids]:
-    projection, ids = read
-    picks = read_ids(bias[1])
-    if picks.flat is not ids.flat or (picks.order is None if ids.grouped else picks.order is not ids.order):
-        raise Refused("the bias is picked by other expert ids than the weight", node)
-    with_bias = Projection(projection.rows, projection.weight, bias[0], projection.transposed)
-    return with_bias, Ids(ids.flat, picks.order, ids.grouped)
-
-
-def _grouped(node: Any) -> tuple[Projection, Ids] | None:
-    schema = getattr(getattr(node, "target", None), "_schema", None)
-    if schema is None or schema.name not in _GROUPED:
-        return None
-    rows, matrices, offsets = node.args[:3] if len(node.args) > 2 else (*node.args[:2], node.kwargs.get("offs"))
-    if rank(matrices) != 3 or rank(rows) != 2 or node.kwargs.get("bias") is not None:
-        return None
-    flat = _counted_ids(offsets, shape(matrices)[0])
-    if flat is None:
-        raise Refused("the groups of the product do not count the pairs of each expert", node)
-    weight, transposed = _untransposed(matrices)
-    return Projection(rows, weight, None, transposed), Ids(flat, None, grouped=True)
-
-
-def _counted_ids(offsets: Any, experts: Any) -> fx.Node | None:
-    """The flat expert ids whose running count the offsets are."""
-    while is_call(offsets, (aten.to.dtype,)):
-        offsets = offsets.args[0]
-    if not is_call(offsets, (aten.cumsum.default,)):
-        return None
-    counts = offsets.args[0]
-    while is_call(counts, (aten.to.dtype,)):
-        counts = counts.args[0]
+def counted_ids(counts: Any, experts: Any) -> fx.Node | None:
+    """The expert ids that ``counts [experts]`` says the number of for each expert; None for any other node."""
+    counts = _uncast(counts)
     given = arguments(counts) if isinstance(counts, fx.Node) and counts.op == "call_function" else {}
     if is_call(counts, (aten.histc.default,)):
         whole = (given["bins"], given["min"], given["max"]) == (experts, 0, experts - 1)
         return read_ids(given["self"]).flat if whole else None
     if is_call(counts, (aten.bincount.default,)) and given["weights"] is None and given["minlength"] == experts:
         return read_ids(given["self"]).flat
+    if is_call(counts, (aten.sum.dim_IntList,)) and rank(counts) == 1 and not given["keepdim"]:
+        return _marked_ids(_uncast(given["self"]))
     return None
 
 
-def _selected(node: Any) -> tuple[Projection, Ids] | None:
-    """``squeeze(W[ids] @ rows[:, :, None])`` or ``squeeze(rows[:, None] @ W[ids])``."""
-    if not is_call(node, (aten.reshape.default,)) or not is_call(node.args[0], (aten.matmul.default,)):
+def _marked_ids(table: Any) -> fx.Node | None:
+    """The ids behind a table with a one for each: one-hot rows, or ones scattered to a row's distinct experts."""
+    if is_call(table, (aten.one_hot.default,)):
+        return read_ids(table.args[0]).flat
+    if not is_call(table, (aten.scatter.value,)):
         return None
-    left, right = node.args[0].args
-    for matrices, rows, turned, unit in ((left, right, False, -1), (right, left, True, -2)):
-        select, permuted = _permuted(matrices)
-        pick = picked(select)
-        if pick is None or rank(pick[0]) != 3 or rank(rows) != 3 or shape(rows)[unit] != 1:
-            continue
-        if not is_call(rows, (aten.unsqueeze.default, aten.reshape.default)):
-            continue
-        weight, stored = _permuted(pick[0])
-        return Projection(rows.args[0], weight, None, turned ^ permuted ^ stored), read_ids(pick[1])
-    return None
+    blank, dim, index, value = table.args
+    marked = is_call(blank, ZEROS) and value == 1 and dim in (1, -1) and rank(table) == 2
+    return read_ids(index).flat if marked and distinct(index) else None
 
 
-def _permuted(node: Any) -> tuple[fx.Node, bool]:
-    """``(source, True)`` of a node whose last two of three dims are swapped, else ``(node, False)``."""
-    if is_call(node, (aten.permute.default,)) and list(node.args[1]) == [0, 2, 1]:
-        return node.args[0], True
-    return node, False
-
-
-def _untransposed(matrices: fx.Node) -> tuple[fx.Node, bool]:
-    weight, permuted = _permuted(matrices)
-    return weight, not permuted
+def _uncast(node: Any) -> Any:
+    while is_call(node, (aten.to.dtype,)):
+        node = node.args[0]
+    return node

@@ -11,10 +11,9 @@ from torch import fx
 
 from regraft.ir.nodes import arguments, is_call, is_tensor, rank, shape
 from regraft.passes.recognize.moe_experts import Refused, float_source
+from regraft.passes.recognize.moe_rows import ZEROS, distinct
 
 aten = torch.ops.aten
-
-ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _combined(table: Any) -> tuple[fx.Node, fx.Node] | None:
     """``(index, weight)`` of a table of every expert's weight for every token."""
     if is_call(table, (aten.scatter.src,)):
         blank, dim, index, weight = table.args
-        if is_call(blank, ZEROS) and dim in (1, -1) and _distinct(index):
+        if is_call(blank, ZEROS) and dim in (1, -1) and distinct(index):
             return index, weight
     if is_call(table, (aten.sum.dim_IntList,)) and list(table.args[1]) == [-2]:
         product = table.args[0]
@@ -134,11 +133,6 @@ def _combined(table: Any) -> tuple[fx.Node, fx.Node] | None:
                 if is_call(hot, (aten.one_hot.default,)) and is_call(weight, (aten.unsqueeze.default,)):
                     return hot.args[0], weight.args[0]
     return None
-
-
-def _distinct(index: Any) -> bool:
-    """Whether no token names an expert twice: a ``scatter`` keeps one of two weights, a sum both."""
-    return is_call(index, (operator.getitem,)) and is_call(index.args[0], (aten.topk.default,))
 
 
 def _sparse(factor: Any, rows: fx.Node) -> Found | None:

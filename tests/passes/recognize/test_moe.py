@@ -15,9 +15,12 @@ from regraft.ir.nodes import arguments
 from regraft.ir.ops.moe import moe
 from regraft.ir.program import Program
 from regraft.ir.rule import Example, Rule
+from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.recognize.moe import RecognizeMoe
+from regraft.passes.recognize.moe_left import DropCountChecks, ReportLeftExperts
 from regraft.passes.recognize.moe_loop import RecognizeMoeLoop
 from regraft.passes.recognize.moe_loop_examples import LOOPS, Block, all_tokens
+from regraft.passes.recognize.moe_pieces_examples import whole_experts
 from tests.support import apply, captured, run
 
 RULES: tuple[Rule, ...] = (RecognizeMoe(), RecognizeMoeLoop())
@@ -79,6 +82,38 @@ def test_a_stacked_weight_is_taken_as_it_is() -> None:
     apply(program, RULES)
     (site,) = sites(program)
     assert (program.weight_name(site["first"]), site["transposed"]) == ("first", True)
+
+
+def test_checks_of_counts_that_always_hold_are_gone_and_others_stay() -> None:
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        largest = x.argmax().item()
+        torch._check(largest <= 3)
+        return x + largest
+
+    block = Block(whole_experts())
+    for model, args, left in ((block, (torch.randn(5, 8),), 0), (checked, (torch.tensor([0.0, 1.0]),), 1)):
+        program = captured(model, args)
+        apply(program, RULES)
+        DropCountChecks().run(program, Session())
+        DropDeadCode().run(program, Session())
+        checks = [node for node in program.graph.nodes if node.target is torch.ops.aten._assert_scalar.default]
+        assert bool(checks) == bool(left)
+        assert bool([node for node in program.graph.nodes if node.target is torch.ops.aten.item.default]) == bool(left)
+
+
+def test_products_by_experts_that_no_sum_ends_are_in_the_report() -> None:
+    def unsummed(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        ids = x[:, :3].argmax(-1)
+        return torch.bmm(first[ids], x.unsqueeze(-1)).squeeze(-1)
+
+    def of_found_rows(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        return x[torch.where(x[:, 0] > 0)[0]] @ first[0]
+
+    args = (torch.randn(5, 8), torch.randn(3, 8, 8))
+    for model, wanted in ((unsummed, 1), (of_found_rows, 0)):
+        program, session = captured(model, args), Session()
+        ReportLeftExperts().run(program, session)
+        assert [refusal.recognizes for refusal in session.log.refusals] == ["moe"] * wanted
 
 
 def family(kind: str, **options: Any) -> Callable[[str], nn.Module]:
