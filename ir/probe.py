@@ -65,14 +65,24 @@ class Sample:
             return value[: self.kept]
         return value
 
+    def arguments(self, node: fx.Node, values: Any) -> Any:
+        """Arguments of a node: sizes that begin with the whole batch, and numbers of as many, ask for the part."""
+        if node.target is torch.ops.aten.arange.default:
+            return tuple(self.kept if value == self.extent else value for value in values)
+        return tuple(self.size(value) if _is_size_list(value) else value for value in values)
+
+
+def _is_size_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1 and all(isinstance(item, int) for item in value)
+
 
 class Probe:
     """Evaluates nodes of one program on one set of values.
 
     ``frontier`` are the nodes where evaluation stops: float activations there are random. With ``double`` everything
-    that is a float is computed in fp64. With a ``sample`` random values and inputs are cut to it; nodes whose arguments
-    name the whole batch then fail, or give values of other sizes than that. A probe is made for one check and
-    dropped, so that its values do not pile up.
+    that is a float is computed in fp64. With a ``sample`` random values, inputs and sizes are cut to it; nodes that
+    name the whole batch in another way then fail, or give values of other sizes than that. A probe is made for one
+    check and dropped, so that its values do not pile up.
     """
 
     def __init__(
@@ -154,6 +164,8 @@ class Probe:
             return concrete(node)
         args = fx.map_arg(node.args, lambda n: self.values[n])
         kwargs = fx.map_arg(node.kwargs, lambda n: self.values[n])
+        if self.sample is not None:
+            args = self.sample.arguments(node, args)
         if self.double:
             args, kwargs = _widen_dtypes(args), _widen_dtypes(kwargs)
         try:

@@ -56,6 +56,28 @@ def test_a_part_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict.accepted and set(drawn) == {KEPT}
 
 
+def test_sizes_that_begin_with_the_batch_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flat_twice(build: Builder, x: fx.Node) -> fx.Node:
+        return twice(build, build.call(aten.view.default, x, [128, 6144]))
+
+    verdict, drawn = checked(lambda x: x.view(128, 6144) * 2, (numbers(*WHOLE),), flat_twice, monkeypatch)
+    assert verdict.accepted and set(drawn) == {KEPT}
+
+
+def test_places_of_the_batch_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def picked(x: Tensor, flags: Tensor) -> Tensor:
+        return x * flags[torch.arange(128)[:, None], torch.arange(96)][..., None]
+
+    def plain(build: Builder, x: fx.Node) -> fx.Node:
+        flags = next(
+            node for node in build.graph.nodes if node.op == "placeholder" and len(node.meta["val"].shape) == 2
+        )
+        return build.call(aten.mul.Tensor, x, build.call(aten.unsqueeze.default, flags, 2))
+
+    verdict, drawn = checked(picked, (numbers(*WHOLE), FLAGS), plain, monkeypatch)
+    assert verdict.accepted and set(drawn) == {KEPT}
+
+
 def test_a_small_batch_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict, drawn = checked(lambda x: x * 2, (numbers(4, 96, 64),), twice, monkeypatch)
     assert verdict.accepted and set(drawn) == {4}
@@ -84,7 +106,7 @@ def test_inputs_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x.view(128, 6144) * 2,
+        lambda x: x.view(12288, 64) * 2,
         lambda x: (x * 2).view(64, -1),
         lambda x: torch.select_scatter(x, x[0], 0, 127) * 2,
     ],
