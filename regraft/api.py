@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from regraft.build import Entry, Toolchain
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.compiled import CompiledModule, Options
+from regraft.devices import device_of, move, running_device, what_differs
 from regraft.errors import ArtifactError, CaptureError, OptionError, RegraftError, TargetError
 from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
@@ -132,10 +133,17 @@ def compile(
     return compiled
 
 
-def load(path: str | os.PathLike[str], *, trust_kernels: bool = False) -> CompiledModule:
-    """Load an artifact: lowered for this machine, not captured or rewritten again. One rank's part of a
-    sharded model runs in the default process group. Raises ``ArtifactError``, and ``GroupError`` under a process group
-    that the part is not for."""
+def load(
+    path: str | os.PathLike[str], *, device: str | torch.device | None = None, trust_kernels: bool = False
+) -> CompiledModule:
+    """Load an artifact: lowered for this machine, not captured, rewritten or measured again. One rank's part of a
+    sharded model runs in the default process group.
+
+    ``device``: where it runs, "cpu", "cuda" or "cuda:1". By default an artifact for a GPU takes the one that is
+    here, and runs on the CPU, its kernels as their definitions, where none is; an event of the report says so.
+
+    Raises ``ArtifactError``, ``TargetError`` for a device that is not here or that the artifact is not for, and
+    ``GroupError`` under a process group that the part is not for."""
     from regraft.artifact import load as read
     from regraft.report.model import Report, ReportError
 
@@ -146,9 +154,12 @@ def load(path: str | os.PathLike[str], *, trust_kernels: bool = False) -> Compil
     except ReportError as error:
         raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded: {error}") from error
     options = Options(target=_check_target(loaded.manifest.targets[0] if loaded.manifest.targets else "cpu"))
+    place = running_device(options.target, device)
     tuning = loaded.members.get("tuning.jsonl", b"")
     session = Session(log=Log(), verify="off", target=options.target, tuning=tuning, measures=False)
     try:
+        if place != device_of(loaded.program) or place.type != "cpu":  # tensors of a file come to the CPU
+            move(loaded.program, place)
         executable = options.toolchain.lower(loaded.program, session)
         other = check_kernels(executable, loaded.manifest.members)
     except RegraftError as error:
@@ -158,7 +169,8 @@ def load(path: str | os.PathLike[str], *, trust_kernels: bool = False) -> Compil
             f"{os.fsdecode(path)} cannot be loaded: its graph cannot be lowered ({first_line(error)}); "
             "save the model again"
         ) from error
-    for kind, reason in (("relowering", other), *(("tuning", note) for note in notes_of(executable))):
+    told = [("relowering", other), ("device", what_differs(options.target, place))]
+    for kind, reason in (*told, *(("tuning", note) for note in notes_of(executable))):
         if reason is not None:
             report.record(kind, reason)
     compiled = CompiledModule(None, options, report)

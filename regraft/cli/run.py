@@ -20,6 +20,10 @@ def run(
         typer.Option("--inputs", help="A safetensors file: keys are argument names, or positions 0, 1, …"),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The safetensors file to write.")],
+    device: Annotated[
+        str | None,
+        typer.Option(help='Where it runs: "cpu", "cuda", "cuda:1"; by default the GPU that is here, if it is for one.'),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run an artifact and write its outputs. Under torchrun, `{rank}` in a path is the number of the rank."""
@@ -28,7 +32,8 @@ def run(
         check_output(output, keep=(artifact, inputs))
         args, kwargs = toolbox.read_inputs(inputs)
         with progress(f"running {artifact}", as_json):
-            fast = toolbox.load(artifact)
+            fast = toolbox.load(artifact, device)
+            args, kwargs = toolbox.on_device((args, kwargs), fast)
             shapes = write_outputs(output, fast(*args, **kwargs))
         events = [{"kind": event.kind, "reason": event.reason} for event in fast.report.events]
         emit(

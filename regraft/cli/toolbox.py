@@ -91,12 +91,23 @@ def _is_exported(model: Any) -> bool:
     return isinstance(model, ExportedProgram)
 
 
-def load(path: Path) -> Any:
+def load(path: Path, device: str | None = None) -> Any:
     """``regraft.load`` with failures as wrong usage."""
     import regraft
 
     with as_usage():
-        return regraft.load(path)
+        return regraft.load(path, device=device)
+
+
+def on_device(inputs: Any, fast: Any) -> Any:
+    """Inputs from a file, where a loaded model runs."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    from regraft.devices import device_of
+
+    place = device_of(fast.entries[0].program)
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(place), inputs)
 
 
 def pipeline(target: str | None) -> Passes:

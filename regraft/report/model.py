@@ -27,7 +27,8 @@ class ReportError(RegraftError, ValueError):
 class Event:
     """Something that happened at run time: ``kind`` is "recapture", "fallback", "relowering", "placement" for experts
     that a plan could not move, "budget" for an accuracy budget that could not be spent, "unpadding" for what was
-    decided about that, or "tuning" for what was not measured on a GPU and why."""
+    decided about that, "tuning" for what was not measured on a GPU and why, or "device" for an artifact on another device than it was
+    compiled for."""
 
     kind: str
     reason: str

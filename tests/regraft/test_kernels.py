@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zipfile
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import regraft
+from regraft.build import Toolchain
+from regraft.codegen.triton.lower import lower
+from regraft.codegen.triton.tuner import KernelTuner
 from regraft.errors import ArtifactError, OptionError
+from regraft.ir.driver import Session
+from regraft.ir.program import Program
+from tests.codegen.triton.benches import bench
 
 X = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
 
@@ -100,6 +108,53 @@ def test_texts_of_another_version_are_not_run(tmp_path: Path) -> None:
         "1 of 1 saved kernels were emitted by another version of regraft, or chosen on another architecture; "
         "what this version chooses here runs instead"
     ]
+
+
+def measured(tmp_path: Path, arch: str, choice: str) -> Path:
+    """An artifact that was compiled beside a device of a test, on which ``choice`` was the fastest."""
+
+    def lowering(program: Program, session: Session) -> Any:
+        return lower(program, session.log, KernelTuner(bench=bench({choice: 0.5}, arch)))
+
+    path = tmp_path / "measured.regraft"
+    toolchain = Toolchain(lower=lowering)
+    regraft.compile(Attention().eval(), X, target=f"cuda:{arch}", toolchain=toolchain).save(path)
+    return path
+
+
+@pytest.mark.parametrize("choice", ["flash", "kernel 64 32 8 3"])
+def test_loading_takes_what_was_measured_and_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str
+) -> None:
+    path = measured(tmp_path, "sm_90", choice)
+    monkeypatch.setattr("regraft.codegen.triton.tuner.measured", None)
+    loaded = regraft.load(path)
+    (made,) = loaded.entries[0].executable.choices
+    assert made.runs == choice.partition(" ")[0]
+    assert [kernel.entries[0].configs["sm_90"] for kernel in loaded.entries[0].executable.kernels] == (
+        [] if choice == "flash" else [(64, 32, 8, 3)]
+    )
+    assert not [event for event in loaded.report.events if event.kind in ("relowering", "tuning")]
+    torch.testing.assert_close(loaded(X), Attention().eval()(X), rtol=1e-5, atol=1e-5)
+    loaded.save(tmp_path / "again.regraft")
+    with zipfile.ZipFile(path) as first, zipfile.ZipFile(tmp_path / "again.regraft") as second:
+        assert first.read("tuning.jsonl") == second.read("tuning.jsonl")
+    assert copy.deepcopy(loaded).entries[0].executable.choices[0].runs == made.runs
+
+
+def test_records_of_another_architecture_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = measured(tmp_path, "sm_80", "flash")
+    monkeypatch.setattr("regraft.codegen.triton.tuner._arch_of", lambda program: "sm_90")
+    loaded = regraft.load(path)
+    assert loaded.entries[0].executable.choices[0].runs == "kernel"
+    (told,) = (event.reason for event in loaded.report.events if event.kind == "tuning")
+    assert "tuning records are for sm_80, and the architecture is sm_90" in told
+
+
+def test_a_record_that_regraft_would_not_write_is_refused(tmp_path: Path) -> None:
+    path = rewritten(measured(tmp_path, "sm_90", "flash"), {"tuning.jsonl": None})
+    with pytest.raises(ArtifactError, match=r"changed.regraft cannot be loaded: its tuning.jsonl is not JSON lines"):
+        regraft.load(path)
 
 
 def test_a_budget_is_for_the_cpu() -> None:

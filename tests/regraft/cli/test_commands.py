@@ -47,7 +47,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(toolbox, "resolve", resolve)
     monkeypatch.setattr(toolbox, "compile_model", compile_model)
-    monkeypatch.setattr(toolbox, "load", lambda path: Fast(Source().model, Report()))
+    monkeypatch.setattr(toolbox, "load", lambda path, device: Fast(Source().model, Report()))
+    monkeypatch.setattr(toolbox, "on_device", lambda inputs, fast: inputs)
     monkeypatch.setattr(toolbox, "pipeline", lambda target: RIGHT)
     monkeypatch.setattr(toolbox, "profile", lambda *given: sample())
     return seen

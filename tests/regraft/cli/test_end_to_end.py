@@ -46,6 +46,14 @@ def test_an_artifact_runs_as_the_model_does(artifact: Path, tmp_path: Path) -> N
     torch.testing.assert_close(load_file(tmp_path / "y.safetensors")["y"], expected)
 
 
+def test_a_device_that_is_not_here_or_not_for_the_artifact_is_named(artifact: Path, tmp_path: Path) -> None:
+    save_file({"0": torch.ones(2, 4)}, tmp_path / "x.safetensors")
+    given = ("run", artifact, "--inputs", tmp_path / "x.safetensors", "-o", tmp_path / "y.safetensors", "--device")
+    result = regraft(*given, "cuda")
+    assert result.exit_code == 2 and "the artifact was compiled for the CPU" in result.stderr
+    assert not (tmp_path / "y.safetensors").exists() and regraft(*given, "cpu").exit_code == 0
+
+
 def test_the_json_of_optimize_holds_predicted_time_and_drift(tmp_path: Path) -> None:
     result = regraft("optimize", "tests:tiny", "-o", tmp_path / "m.regraft", "--json")
     report = json.loads(result.stdout)["report"]
