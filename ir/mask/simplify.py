@@ -1,8 +1,8 @@
 """``simplify``: a normal form of predicates with the same meaning.
 
-Identities: De Morgan, flattening, absorption, complements; bands meet in And and absorb in Or where their
-bounds compare; prefixes likewise; bounds which the lengths make idle are dropped. Operands are ordered by
-their text.
+Identities: De Morgan, flattening, absorption, complements, also those within an operand; bands meet in And and
+absorb in Or where their bounds compare; prefixes likewise; bounds which the lengths make idle are dropped. Operands
+are ordered by their text.
 """
 
 from __future__ import annotations
@@ -148,11 +148,24 @@ class _Simplifier:
             return absorbing
         if any(_complement(part) in parts for part in parts):
             return absorbing
+        reduced = {_without_complements(part, parts, dual) for part in parts}
+        if reduced != parts:
+            return self._join(list(reduced)) if kind is Or else self._meet(list(reduced))
         kept = {part for part in parts if not (isinstance(part, dual) and parts.intersection(part.operands))}
         ordered = sorted(kept, key=_order)
         if not ordered:
             return neutral
         return ordered[0] if len(ordered) == 1 else kind(tuple(ordered))
+
+
+def _without_complements(part: Predicate, parts: set[Predicate], dual: type[And] | type[Or]) -> Predicate:
+    """``a | (b & ~a)`` is ``a | b``: what ``part`` joins without the complements of the parts beside it."""
+    if not isinstance(part, dual):
+        return part
+    rest = tuple(operand for operand in part.operands if _complement(operand) not in parts)
+    if not rest:
+        return EVERYTHING if dual is And else NOTHING
+    return rest[0] if len(rest) == 1 else dual(rest)
 
 
 def _complement(atom: Predicate) -> Predicate | None:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from regraft.ir.mask.expression import ONE, ZERO, Expression, bounds, const, index, is_integer
 from regraft.ir.mask.interpret import Opaque, Reader, fake, handles, same_size, size_expression
-from regraft.ir.mask.logic import add, less_equal, multiply, number, substitute, subtract, where
+from regraft.ir.mask.logic import add, boolean, less_equal, multiply, number, substitute, subtract, where
 
 Extent = int | torch.SymInt
 _FAR = 2**62
@@ -187,4 +187,27 @@ def _concatenate(reader: Reader) -> Expression:
     result = pieces[-1][1]
     for (_, piece), (stop, _) in reversed(list(pairwise(pieces))):
         result = where(less_equal(add(index(dim), ONE), stop), piece, result)
+    return result
+
+
+@handles("pad", "constant_pad_nd")
+def _pad(reader: Reader) -> Expression:
+    """A constant beyond the operand; a negative amount cuts."""
+    amounts = list(reader.raw("pad"))
+    source = reader.tensor("self").shape
+    if reader.raw("mode") not in (None, "constant") or not all(isinstance(amount, int) for amount in amounts):
+        raise Opaque
+    indices: list[Expression] = [index(dim - len(source)) for dim in range(len(source))]
+    inside: list[Expression] = []
+    for number_of_dim, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
+        dim = -1 - number_of_dim
+        indices[dim] = subtract(index(dim), const(before))
+        if before > 0:
+            inside.append(less_equal(const(before), index(dim)))
+        if after > 0:
+            inside.append(less_equal(add(indices[dim], ONE), size_expression(source[dim])))
+    alike = boolean if reader.value.dtype == torch.bool else number
+    result, filling = alike(_through(reader, indices)), alike(reader.expression("value") if "value" in reader else ZERO)
+    for condition in inside:
+        result = where(condition, result, filling)
     return result

@@ -1,4 +1,5 @@
-"""A softmax that is written out: ``exp(x) / sum(exp(x))``, with or without the row maximum taken off."""
+"""A softmax that is written out: ``exp(x) / sum(exp(x))``, with or without the row maximum taken off; and one with a
+column more, whose weights are not read: behind the others is where it stands in canonical form."""
 
 from __future__ import annotations
 
@@ -7,10 +8,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import fx
 
 from regraft.ir.exactness import Exactness
-from regraft.ir.nodes import Builder
-from regraft.ir.pattern import anything, div, either, exp, operator, scalar, sub
+from regraft.ir.nodes import Builder, is_call, is_tensor, shape, size_equal, tensor_value
+from regraft.ir.pattern import (
+    add,
+    anything,
+    cat,
+    div,
+    either,
+    exp,
+    operator,
+    scalar,
+    slice_,
+    softmax,
+    sub,
+    to_dtype,
+    variable,
+)
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 
 aten = torch.ops.aten
@@ -18,6 +34,7 @@ total = operator(aten.sum.dim_IntList)
 amax = operator(aten.amax.default)
 row_maximum = operator(aten.max.dim)
 first_of = operator(python_operator.getitem)
+pad = operator(aten.pad.default)
 
 
 class SoftmaxWrittenOut(Rule):
@@ -45,4 +62,84 @@ class SoftmaxWrittenOut(Rule):
         return build.call(aten.softmax.int, match.x, match.summed[0])
 
 
-SPELLINGS = (SoftmaxWrittenOut(),)
+class SoftmaxWithSink(Rule):
+    """exp(x - m) / (sum(exp(x - m)) + exp(c - m)) is softmax of x and a column c, without that column; c is 0 where 1
+    or exp(-m) is added. Any m that a row has in common may be taken off."""
+
+    exactness = Exactness.REASSOCIATED
+    quiet = True
+
+    def pattern(self, x: Any) -> Any:
+        raised = exp(either(sub(x, variable("shift")), x)).named("raised")
+        extra = either(exp(variable("below")), scalar("number"))
+        return div(raised, add(total(raised, [-1], True), extra))
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        shift, below = match.get("shift"), match.get("below")
+        yield need(shift is None or shape(shift)[-1:] == (1,), "what is taken off differs within a row")
+        if below is None:
+            yield need(shift is None and match.number == 1, "the number added is not exp of a logit")
+            return
+        column = _logit(below, shift)
+        yield need(column is not None, "the sum and the logit are shifted differently")
+        yield need(not isinstance(column, fx.Node) or shape(column)[-1:] == (1,), "the logit differs within a row")
+        match.facts["column"] = column
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        x, column = match.x, match.facts.get("column")
+        if isinstance(column, fx.Node):
+            behind = build.call(aten.expand.default, column, [*build.sizes(x)[:-1], 1])
+        else:
+            behind = _constant(build, x, 0.0)
+        weights = build.call(aten.softmax.int, build.call(aten.cat.default, [x, behind], -1), -1)
+        return build.call(aten.slice.Tensor, weights, -1, 0, build.size(x, -1))
+
+
+def _logit(below: fx.Node, shift: Any) -> fx.Node | int | None:
+    """The logit that ``below`` is less ``shift``: 0 where it is ``-shift``, None where something else is taken off."""
+    if shift is None:
+        return below
+    if is_call(below, (aten.neg.default,)) and below.args[0] is shift:
+        return 0
+    if is_call(below, (aten.sub.Tensor,)) and below.args[1] is shift and is_tensor(below.args[0]):
+        return below.args[0]  # type: ignore[return-value]
+    return None
+
+
+def _constant(build: Builder, x: fx.Node, value: float) -> fx.Node:
+    """A column of one number beside ``x``, which is not read: its scores may be needed nowhere else."""
+    like = tensor_value(x)
+    sizes = [*build.sizes(x)[:-1], 1]
+    return build.call(aten.full.default, sizes, value, dtype=like.dtype, device=like.device)
+
+
+class ColumnBehind(Rule):
+    """Weights of a column in front of the others that are not read: the column may stand behind them."""
+
+    exactness = Exactness.REASSOCIATED
+    quiet = True
+
+    def pattern(self, column: Any, x: Any) -> Any:
+        joined = cat([column, x], -1).named("joined")
+        padded = pad(x, [1, 0], "constant", anything("value")).named("joined")
+        both = either(joined, padded)
+        shifted = sub(both, either(amax(both, [-1], True), first_of(row_maximum(both, -1, True), 0)))
+        weights = softmax(either(shifted, both), -1, anything("softmax_dtype")).named("weights")
+        return slice_(either(to_dtype(weights, anything("cast")), weights), -1, 1, anything("end"))
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        yield need("column" not in match or shape(match.column)[-1] == 1, "more than a column stands in front")
+        yield need(size_equal(shape(match.root)[-1], shape(match.x)[-1]), "other columns are dropped too")
+        yield need(all(match.sole_user(name) for name in ("weights", "joined")), "the column's weight is read")
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        x, column = match.x, match.get("column")
+        if column is None:
+            column = _constant(build, x, match.get("value") or 0.0)
+        weights = build.call(aten.softmax.int, build.call(aten.cat.default, [x, column], -1), -1, match.softmax_dtype)
+        if "cast" in match:
+            weights = build.call(aten.to.dtype, weights, match.cast)
+        return build.call(aten.slice.Tensor, weights, -1, 0, build.size(x, -1))
+
+
+SPELLINGS = (SoftmaxWrittenOut(), SoftmaxWithSink(), ColumnBehind())

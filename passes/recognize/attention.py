@@ -94,7 +94,7 @@ class RecognizeAttention(Rule):
             softmax(scores, scalar("axis"), anything("softmax_dtype")).named("weights"),
             "after",
             cast=lambda w: to_dtype(w, anything()),
-            drop_sinks=lambda w: slice_(w, -1, 0, scalar("kept")),
+            drop_sinks=lambda w: slice_(w, -1, anything("start"), anything("kept")),
             reshape=lambda w: reshape(w, anything()),
         )
         return matmul(weights, value)
@@ -127,7 +127,9 @@ def _read(match: Match) -> tuple[Heads, Scores, Masks]:
 def _check_sinks(match: Match, scores: Scores) -> None:
     dropped = [step for step in match.steps("after") if step.label == "drop_sinks"]
     keys = shape(match.product)[-1]
-    if bool(dropped) != (scores.sinks is not None) or any(not size_equal(s["kept"], keys) for s in dropped):
+    if bool(dropped) != (scores.sinks is not None) or any(
+        s["start"] or not size_equal(s["kept"], keys) for s in dropped
+    ):
         raise Refused("columns of the attention weights are dropped or added", match.weights)
 
 

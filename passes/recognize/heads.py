@@ -66,7 +66,7 @@ def build_attention(
     node = build.call(
         attention,
         *given.tensors,
-        scores.sinks,
+        _sinks(build, scores, given.tensors[0]),
         scale=given.scale,
         mask=given.mask,
         mask_fill=masks.fill,
@@ -74,6 +74,13 @@ def build_attention(
         softcap=scores.softcap,
     )
     return shaped_as(build, node, root)
+
+
+def _sinks(build: Builder, scores: Scores, query: fx.Node) -> fx.Node | None:
+    """The sink logits as a tensor of one number a head."""
+    if not isinstance(scores.sinks, float):
+        return scores.sinks
+    return build.call(aten.new_full.default, query, [build.size(query, 1)], scores.sinks)
 
 
 @dataclass(frozen=True)

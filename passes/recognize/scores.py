@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from regraft.ir.matcher import TakenStep
-from regraft.ir.nodes import dtype, is_tensor, rank, shape, sizes_equal
+from regraft.ir.nodes import arguments, dtype, is_call, is_tensor, rank, shape, sizes_equal
 
 aten = torch.ops.aten
 
@@ -63,7 +63,8 @@ class Scores:
     softcap: float = 0.0
     #: additions and conditions, in the order of the source
     maskings: list[Addition | Condition] = field(default_factory=list)
-    sinks: fx.Node | None = None
+    #: the logits of the sink column, one a head, or one number for all
+    sinks: fx.Node | float | None = None
     #: the number that the masked scores were raised to where they lay below it
     least: float = -math.inf
     #: the node whose leading dims are those of the masks
@@ -186,6 +187,10 @@ def _read_sinks(scores: Scores, step: TakenStep) -> None:
     if rank(step.node) != 4 or shape(column)[-1] != 1:
         raise Refused("what is concatenated to the scores is not one column of sinks", step.node)
     sinks = column
+    if is_call(column, _CONSTANT):
+        given = arguments(column)
+        scores.sinks = float(given.get("fill_value", 0.0))
+        return
     while isinstance(sinks, fx.Node) and sinks.target in _VIEWS and rank(sinks) > 1:
         sinks = sinks.args[0]
     heads = shape(step.node)[1]
@@ -194,6 +199,7 @@ def _read_sinks(scores: Scores, step: TakenStep) -> None:
     scores.sinks = sinks
 
 
+_CONSTANT = (aten.full.default, aten.new_full.default, aten.zeros.default, aten.new_zeros.default)
 _VIEWS = (aten.expand.default, aten.reshape.default, aten.unsqueeze.default)
 
 

@@ -85,3 +85,42 @@ class LearnedSink(Projections):
         column = self.sink.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
         return self.out(join(weights @ value))
+
+
+class SinkInFront(LearnedSink):
+    """The same with the sink's column in front of the scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        scores = (query @ key.mT / math.sqrt(SIZE)).masked_fill(~causal(x.shape[1]), -math.inf)
+        column = self.sink.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([column, scores], -1).softmax(-1)[..., 1:]
+        return self.out(join(weights @ value))
+
+
+class OneMore(Projections):
+    """exp(s) / (1 + sum(exp(s))): a row may give no weight at all; the largest score or 0 is taken off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        scores = (query @ key.mT / math.sqrt(SIZE)).masked_fill(~causal(x.shape[1]), -math.inf)
+        largest = scores.amax(-1, keepdim=True).clamp(min=0)
+        raised = (scores - largest).exp()
+        return self.out(join(raised / (raised.sum(-1, keepdim=True) + (-largest).exp()) @ value))
+
+
+class KeysPadded(Projections):
+    """A key and a value of zero in front, and a mask that is padded for them, added to the scores where ``added``."""
+
+    def __init__(self, added: bool) -> None:
+        super().__init__()
+        self.added = added
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(x)
+        key, value = (nn.functional.pad(tensor, (0, 0, 1, 0)) for tensor in (key, value))
+        seen = causal(x.shape[1])
+        if not self.added:
+            return self.out(join(attend(query, key, value, nn.functional.pad(seen, (1, 0), value=True))))
+        mask = nn.functional.pad(torch.zeros(seen.shape).masked_fill(~seen, -math.inf), (1, 0))
+        return self.out(join((query @ key.mT / math.sqrt(SIZE) + mask).softmax(-1) @ value))

@@ -42,11 +42,52 @@ def test_softmax_written_out(function: Callable[[Tensor], Tensor]) -> None:
     [
         lambda x: x.exp() / x.exp().sum((-2, -1), keepdim=True),
         lambda x: x.exp() / x.sin().exp().sum(-1, keepdim=True),
-        lambda x: x.exp() / (x.exp().sum(-1, keepdim=True) + 1),
+        lambda x: x.exp() / (x.exp().sum(-1, keepdim=True) + 2),
+        lambda x: x.exp() / (x.exp().sum(-1, keepdim=True) + x.exp()),
+        lambda x: (x - x[..., :1]).exp() / ((x - x[..., :1]).exp().sum(-1, keepdim=True) + x[..., 1:2].exp()),
     ],
 )
 def test_other_quotients_stay(function: Callable[[Tensor], Tensor]) -> None:
     assert "softmax" not in canonical(function, X, tolerance=1e-6)
+
+
+def with_zero(x: Tensor) -> Tensor:
+    """exp(x) / (sum(exp(x)) + 1), the largest number or 0 taken off."""
+    largest = x.amax(-1, keepdim=True).clamp(min=0)
+    raised = (x - largest).exp()
+    return raised / (raised.sum(-1, keepdim=True) + (-largest).exp())
+
+
+def with_logit(x: Tensor) -> Tensor:
+    """exp(x) / (sum(exp(x)) + exp(c)), the largest number taken off."""
+    logit = torch.tensor([[[0.5]], [[-2.0]]])
+    largest = torch.maximum(x.amax(-1, keepdim=True), logit)
+    raised = (x - largest).exp()
+    return raised / (raised.sum(-1, keepdim=True) + (logit - largest).exp())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.exp() / (x.exp().sum(-1, keepdim=True) + 1),
+        with_zero,
+        with_logit,
+        lambda x: torch.cat([x[..., :1].sin(), x], -1).softmax(-1)[..., 1:],
+        lambda x: torch.nn.functional.pad(x, (1, 0)).softmax(-1)[..., 1:],
+        lambda x: torch.nn.functional.pad(x, (1, 0), value=0.5).softmax(-1)[..., 1:],
+    ],
+)
+def test_a_column_that_only_takes_weight_stands_behind(function: Callable[[Tensor], Tensor]) -> None:
+    text = canonical(function, X, tolerance=1e-6)
+    assert text.splitlines()[-1].endswith(", -1, 0, 4)") and "softmax.int" in text and "exp" not in text.split("cat")[1]
+
+
+def test_a_column_in_front_whose_weight_is_read_stays() -> None:
+    def read(x: Tensor) -> Tensor:
+        weights = torch.nn.functional.pad(x, (1, 0)).softmax(-1)
+        return weights[..., 1:] + weights[..., :1]
+
+    assert "pad" in canonical(read, X, tolerance=1e-6)
 
 
 def test_maximum_of_another_dim_stays() -> None:
