@@ -18,6 +18,7 @@ from regraft.calibration import Calibration, Call, leaves_of
 from regraft.codegen.cpu.linear_kernels import LinearShape, applicable
 from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.tuning import Tuner
+from regraft.ir.cost import node_cost
 from regraft.ir.driver import Session
 from regraft.ir.memory import give_back, no_cycle_search
 from regraft.ir.program import Program
@@ -28,7 +29,8 @@ from regraft.passes.budget.metric import losses
 from regraft.passes.budget.trials import Array
 
 _TURN = 0.02  # seconds that a turn of short calls lasts
-_QUICK, _THOROUGH = (0.5, 3, 9), (2.0, 7, 31)  # seconds for all turns, the fewest and the most turns
+_QUICK, _THOROUGH = (1.5, 7, 21), (2.0, 9, 31)  # seconds for all turns, the fewest and the most turns
+_LOWERED = 0.3  # seconds of the exact model's calls from which on a model is lowered to be tried
 
 
 class NearestTuner(Tuner):
@@ -80,16 +82,20 @@ class Rehearsal:
         return len(self._calls)
 
     def losses(self, composition: Composition, batches: int | None = None) -> Array:
-        """Operator by operator, without lowering: that is quicker for a few batches."""
-        if not composition:
-            run: Callable[..., Any] = self._entry.executable
-        else:
-            program = self._rewritten(composition)
-            if program is None:
-                return np.array([math.inf])
-            run = program.callable()
+        """By the lowered model where many batches or large ones make up for lowering, else operator by operator."""
         number = self.batches if batches is None else max(1, min(batches, self.batches))
+        run = self._run(composition, number)
+        if run is None:
+            return np.array([math.inf])
         return self.losses_of(run, self._calls[:number], self._references[:number])
+
+    def _run(self, composition: Composition, number: int) -> Callable[..., Any] | None:
+        if not composition:
+            return self._entry.executable
+        if number * self.exact_seconds > _LOWERED:
+            return self._executable(composition)
+        program = self._rewritten(composition)
+        return None if program is None else program.callable()
 
     def held_out(self, composition: Composition) -> Array:
         """By the lowered model."""
@@ -108,6 +114,17 @@ class Rehearsal:
                 output = self._entry.program.user_outputs(run(*leaves))
             found.append(losses(self._budget.metric, output, reference, self._budget.output).numpy())
         return np.concatenate(found)
+
+    def work(self, composition: Composition) -> float:
+        """Floating-point operations over those of the exact model."""
+        found = []
+        for candidates in (composition, ()):
+            program = self._rewritten(candidates)
+            if program is None:
+                return math.nan
+            self._finish.run(program, Session(verify="off"))
+            found.append(sum(node_cost(node).flops for node in program.graph.nodes if node.op == "call_function"))
+        return found[0] / found[1]
 
     def ratio(self, composition: Composition, thorough: bool = False) -> float:
         """The lowered model's time over the exact one's."""

@@ -62,3 +62,8 @@ def composed(candidates: Iterable[Candidate]) -> Composition:
 def rewrites(composition: Sequence[Candidate]) -> tuple[Pass, ...]:
     """The passes of a composition, in order."""
     return tuple(candidate.rewrite for candidate in composition)
+
+
+def name_of(composition: Sequence[Candidate]) -> tuple[str, ...]:
+    """The names of its candidates, by which a composition is known."""
+    return tuple(candidate.name for candidate in composition)

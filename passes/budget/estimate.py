@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean over ``samples``, and an upper bound of the true mean at the confidence that was asked for."""
+    """The mean over ``samples``, an upper bound of the true mean at the confidence that was asked for, and what is
+    ``typical``, by which rewrites are compared."""
 
     mean: float
     upper: float
     samples: int
+    typical: float
 
     def within(self, limit: float) -> bool:
         """Whether the true mean is at most ``limit``, as far as these samples can tell; false for NaN."""
@@ -32,13 +34,24 @@ def estimate(losses: NDArray[np.float64], confidence: float, rate: bool = False)
     confidence of 99 %.
     """
     count = len(losses)
-    mean = float(losses.mean()) if count else math.nan
+    mean, own = float(losses.mean()) if count else math.nan, typical(losses, rate)
     if count < 2 or not math.isfinite(mean):
-        return Estimate(mean, math.nan if math.isnan(mean) else math.inf, count)
+        return Estimate(mean, math.nan if math.isnan(mean) else math.inf, count, own)
     if rate and bool(np.isin(losses, (0.0, 1.0)).all()):
-        return Estimate(mean, rate_bound(int(losses.sum()), count, confidence), count)
+        return Estimate(mean, rate_bound(int(losses.sum()), count, confidence), count, own)
     spread = float(losses.std(ddof=1)) / math.sqrt(count)
-    return Estimate(mean, mean + _student(confidence, count - 1) * spread, count)
+    return Estimate(mean, mean + _student(confidence, count - 1) * spread, count, own)
+
+
+def typical(losses: NDArray[np.float64], rate: bool = False) -> float:
+    """The square of the mean root; for a ``rate`` the mean.
+
+    A mean of KL divergences is that of the few samples near a decision: which of two rewrites has the smaller one is
+    an accident of the data. Roots grow with how far an output moved, and every sample has its say.
+    """
+    if not losses.size:
+        return math.nan
+    return float(losses.mean() if rate else np.sqrt(np.maximum(losses, 0.0)).mean() ** 2)
 
 
 def rate_bound(errors: int, count: int, confidence: float) -> float:

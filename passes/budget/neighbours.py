@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,9 +11,11 @@ import numpy as np
 from regraft.passes.budget.candidate import Candidate, Composition, composed
 from regraft.passes.budget.probing import Measured
 from regraft.passes.budget.token_sites import SITE, TokenSites
+from regraft.passes.budget.trials import Tried
 from regraft.passes.tokens.reduce import ReduceTokens
 from regraft.solvers.schedule.choice import Choice, Option, Pick, Sites, curve
-from regraft.solvers.schedule.tokens import solve_tokens
+from regraft.solvers.schedule.correction import corrected
+from regraft.solvers.schedule.tokens import TokenTable, solve_tokens
 
 _SCHEDULES = 24  # of the front that the joint choice is made from
 _OPTIMISM = 4.0  # sums of single losses may also predict too much: the ladder goes beyond the limit by this
@@ -22,15 +24,18 @@ _STEPS = 64.0  # and down to this part of it
 
 @dataclass
 class Space:
-    """Compositions of the candidates that were measured."""
+    """Compositions of the candidates that were measured. ``alone`` is the table of schedules as single removals gave
+    it, before it was corrected."""
 
     measured: Measured
     sites: TokenSites | None
     exact_seconds: float
     by_name: dict[str, Candidate] = field(default_factory=dict)
+    alone: TokenTable | None = None
 
     def __post_init__(self) -> None:
         self.by_name = {candidate.name: candidate for candidate in self.measured.loss}
+        self.alone = self.measured.tokens
 
     @property
     def is_empty(self) -> bool:
@@ -49,6 +54,18 @@ class Space:
                 loss += self.measured.loss.get(candidate, math.inf)
                 seconds -= self.measured.saved.get(candidate, 0.0)
         return loss, seconds
+
+    def correct(self, tried: Iterable[Tried]) -> None:
+        """Make the table of schedules agree with what whole compositions lost."""
+        if self.alone is None:
+            return
+        schedules: dict[tuple[int, ...], float] = {}
+        for item in tried:
+            removed = removed_by(item.composition)
+            if removed is not None and item.loss is not None:
+                others = self.predict(tuple(c for c in item.composition if c.site != SITE))[0]
+                schedules[removed] = max(self.measured.tail * item.loss.typical - others, 0.0)
+        self.measured.tokens = corrected(self.alone, schedules)
 
     def curve(self, limit: float, number: int) -> list[Choice]:
         """The solvers' front of joint choices around ``limit``, slow and exact first."""
@@ -107,6 +124,19 @@ class Space:
             if self.predict(neighbour)[1] < now:
                 yield neighbour
 
+    def calmer(self, composition: Composition) -> list[Composition]:
+        """Compositions with another schedule that are predicted to be no slower, those first that are predicted to lose
+        least: the solver's own, and neighbours."""
+        if self.measured.tokens is None or self.sites is None or removed_by(composition) is None:
+            return []
+        loss, now = self.predict(composition)
+        rest = [candidate for candidate in composition if candidate.site != SITE]
+        found = [composed([*rest, schedule]) for schedule in self.schedules(2 * loss)]
+        found += self._other_schedules(composition)
+        places = {other: self.predict(other) for other in found if other != composition}
+        kept = [other for other, (_, seconds) in places.items() if seconds <= now]
+        return sorted(kept, key=lambda other: places[other])
+
     def price(self, now: Composition, then: Composition) -> float:
         """The loss that each second saved costs, by prediction."""
         (loss, seconds), (more, fewer) = self.predict(now), self.predict(then)
@@ -126,8 +156,7 @@ class Space:
         if self.measured.tokens is None or self.sites is None:
             return
         rest = [candidate for candidate in composition if candidate.site != SITE]
-        own = next((candidate for candidate in composition if candidate.site == SITE), None)
-        removed = (own and schedule_of(own)) or (0,) * self.sites.layers
+        removed = removed_by(composition) or (0,) * self.sites.layers
         for schedule in dict.fromkeys(_moves(removed, self.sites.removals)):
             possible = self.sites.is_possible(self.measured.method, schedule)
             if possible and math.isfinite(self.measured.tokens.cost(schedule)[0]):
@@ -148,6 +177,11 @@ def _moves(removed: tuple[int, ...], steps: tuple[int, ...]) -> Iterator[tuple[i
                 if other != layer and at:
                     for less in {at - 1, 0}:
                         yield tuple(steps[less if number == other else at] for number, at in enumerate(moved))
+
+
+def removed_by(composition: Composition) -> tuple[int, ...] | None:
+    """The schedule of a composition; None where it removes no tokens."""
+    return next((found for candidate in composition if (found := schedule_of(candidate)) is not None), None)
 
 
 def schedule_of(candidate: Candidate) -> tuple[int, ...] | None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from regraft.passes.budget.budget import Budget
 from regraft.passes.budget.candidate import Candidate, Composition, composed
+from regraft.passes.budget.estimate import typical
 from regraft.passes.budget.token_sites import TokenSites
 from regraft.passes.budget.token_table import Cut, table
-from regraft.passes.budget.trials import Clock, Trials, mean
+from regraft.passes.budget.trials import Array, Clock, Trials, mean
 from regraft.solvers.schedule.tokens import TokenTable
 
 #: A rewrite is worth offering when the model takes at most this part of the exact model's time with it everywhere.
 WORTH_IT = 0.98
 _CHEAP = 0.1  # part of the limit below which a family is not taken apart: all of it hardly matters
-_LEVELS = (1 / 2, 1 / 4, 1 / 16)  # parts of the tokens that a cut removes, the most telling first
-_TIMED_LAYERS = 3
+_LEVELS = (1 / 4, 1 / 8, 1 / 2, 1 / 16)  # parts of the tokens that a cut removes, the most telling first
+_WORK_LAYERS = 6
 _METHODS_TIMED = 3
 #: Parts of the time for families, the choice of a method, the losses of cuts and their times. The search has the rest.
 _FAMILIES, _METHODS, _LOSSES, _TIMES = 0.12, 0.08, 0.18, 0.12
@@ -27,21 +29,23 @@ _FAMILIES, _METHODS, _LOSSES, _TIMES = 0.12, 0.08, 0.18, 0.12
 @dataclass
 class Measured:
     """Candidates that are worth it, with loss and seconds saved alone; the schedule tables; what was not offered.
-    ``per_batch`` are the seconds that one batch of one composition takes to be tried."""
+    ``tail`` is how many times larger than a typical loss the mean is, ``per_batch`` the seconds that one batch of one
+    composition takes to be tried."""
 
     loss: dict[Candidate, float] = field(default_factory=dict)
     saved: dict[Candidate, float] = field(default_factory=dict)
     tokens: TokenTable | None = None
     method: str = ""
     notes: list[str] = field(default_factory=list)
+    tail: float = 1.0
     per_batch: float = 0.0
 
 
 def measure(
-    trials: Trials, candidates: Sequence[Candidate], sites: TokenSites | None, limit: float, clock: Clock
+    trials: Trials, candidates: Sequence[Candidate], sites: TokenSites | None, budget: Budget, clock: Clock
 ) -> Measured:
     """Measure everything that is offered, within about half of the clock's time."""
-    probe = _Probe(trials, limit, clock)
+    probe = _Probe(trials, budget.limit, budget.is_rate, clock)
     for family in dict.fromkeys(candidate.family for candidate in candidates):
         probe.family([candidate for candidate in candidates if candidate.family == family])
     if sites is not None:
@@ -65,6 +69,7 @@ def strongest(candidates: Sequence[Candidate]) -> Composition:
 class _Probe:
     trials: Trials
     limit: float
+    is_rate: bool
     clock: Clock
     found: Measured = field(default_factory=Measured)
 
@@ -110,34 +115,50 @@ class _Probe:
         most = sites.most(method, sites.tokens)
         levels = list(dict.fromkeys(max(1, min(most, round(part * sites.tokens))) for part in _LEVELS))
         losses = self._losses_of_cuts(sites, method, legal, levels)
-        for cut in self._timed(legal, levels):
-            ratio = self.trials.ratio((_cut(sites, method, cut),))
+        started = self.clock.spent
+        for removed in self._timed(sites, method, legal, levels):
+            began = self.clock.spent
+            ratio = self.trials.ratio((sites.candidate(method, removed),))
             if math.isfinite(ratio):
-                seconds[_removed(sites, cut)] = ratio * self.trials.exact_seconds
+                seconds[removed] = ratio * self.trials.exact_seconds
+            if self.clock.spent + (self.clock.spent - began) > started + _TIMES * self.clock.seconds:
+                break
         self.found.method = method
-        self.found.tokens = table(sites, method, losses, seconds, self.trials.exact_seconds)
+        work = self._work(sites, method, legal, levels[0])
+        self.found.tokens = table(sites, method, losses, seconds, work, self.trials.exact_seconds)
+
+    def _work(self, sites: TokenSites, method: str, legal: Sequence[int], removed: int) -> dict[int, float]:
+        """The part of the work that a token saves which goes behind some of the layers."""
+        places = sorted({legal[round(at)] for at in np.linspace(0, len(legal) - 1, min(len(legal), _WORK_LAYERS))})
+        left = {layer: self.trials.work((_cut(sites, method, Cut(layer, removed)),)) for layer in places}
+        return {layer: max(1.0 - value, 0.0) / removed for layer, value in left.items() if math.isfinite(value)}
 
     def _losses_of_cuts(
         self, sites: TokenSites, method: str, legal: Sequence[int], levels: Sequence[int]
     ) -> dict[Cut, float]:
-        """As many levels and layers as there is time for; the table fills in what is missing."""
+        """As many levels and layers as there is time for; the table fills in what is missing. Means as typical losses
+        tell them: of many single removals, those are known better."""
         affordable = int(_LOSSES * self.clock.seconds / max(self.found.per_batch, 1e-6))
-        kept = levels if affordable >= len(legal) * len(levels) else levels[1:2] or levels
+        kept = levels[: max(1, affordable // len(legal))]
         number = max(2, min(len(legal), affordable // len(kept)))
         layers = sorted({legal[round(at)] for at in np.linspace(0, len(legal) - 1, number)})
         batches = self._batches(_LOSSES, len(layers) * len(kept))
         cuts = [Cut(layer, removed) for removed in kept for layer in layers]
-        return {cut: self._loss((_cut(sites, method, cut),), batches) for cut in cuts}
+        found = {cut: self._losses((_cut(sites, method, cut),), batches) for cut in cuts}
+        typicals = {cut: typical(losses, self.is_rate) for cut, losses in found.items()}
+        told = [cut for cut, value in typicals.items() if math.isfinite(value) and value > 0]
+        if told:
+            self.found.tail = sum(mean(found[cut]) for cut in told) / sum(typicals[cut] for cut in told)
+        return {cut: self.found.tail * value for cut, value in typicals.items()}
 
-    def _timed(self, legal: Sequence[int], levels: Sequence[int]) -> list[Cut]:
-        """The cuts whose time is measured: few where that takes long. First and last layers tell the most."""
-        began = self.clock.spent
-        self.trials.ratio(())
-        affordable = int(_TIMES * self.clock.seconds / max(self.clock.spent - began, 1e-6))
-        kept = levels if affordable >= 2 * len(levels) else levels[:2]
-        layers = max(1, min(_TIMED_LAYERS, len(legal), affordable // max(len(kept), 1)))
-        places = sorted({legal[round(at)] for at in np.linspace(0, len(legal) - 1, layers)})
-        return [Cut(layer, removed) for layer in places for removed in kept]
+    def _timed(
+        self, sites: TokenSites, method: str, legal: Sequence[int], levels: Sequence[int]
+    ) -> Iterator[tuple[int, ...]]:
+        """The schedules whose time is measured, the most telling first: many reductions that remove hardly anything,
+        for what a reduction costs, then cuts behind the first layer, for what tokens save."""
+        yield sites.uniform(method, sites.removals[1])
+        for removed in levels:
+            yield _removed(sites, Cut(legal[0], removed))
 
     def _best_method(self, sites: TokenSites) -> tuple[str, dict[tuple[int, ...], float]]:
         """The method that loses least when half of the tokens go evenly, among those that save time, and the time of
@@ -163,10 +184,13 @@ class _Probe:
         return "", {}
 
     def _loss(self, composition: Composition, batches: int) -> float:
+        return mean(self._losses(composition, batches))
+
+    def _losses(self, composition: Composition, batches: int) -> Array:
         began = self.clock.spent
-        loss = mean(self.trials.losses(composition, batches))
+        losses = self.trials.losses(composition, batches)
         self.found.per_batch = (self.clock.spent - began) / batches
-        return loss
+        return losses
 
     def _batches(self, part: float, evaluations: int) -> int:
         """How many batches each of some evaluations may take to keep a part of the time."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from regraft.passes.budget.budget import Budget
-from regraft.passes.budget.candidate import Candidate, Composition
+from regraft.passes.budget.candidate import Candidate, Composition, name_of
 from regraft.passes.budget.errors import BudgetError
 from regraft.passes.budget.estimate import Estimate, estimate
 from regraft.passes.budget.neighbours import Space
@@ -26,7 +26,10 @@ _FINALISTS = 5
 _ALIKE = 0.03  # part by which times vary from one measurement to the next
 _SEARCH, _TRIES = 0.3, 10  # the part of the time that so many tries are to take
 _FEWEST = 16  # samples of a try
+_ASKED = 3  # times that the solvers are asked, with tables corrected by what was run
 _FAILURES = 16  # neighbours of the best composition that are tried before it is taken for the best
+_FAILURES_CALM = 8  # and of those that are as fast and may lose less
+_CALMER = 0.95  # part of a loss that is clearly less
 _RELAXED = (0.5, 0.2, 0.05)  # parts of the limit that are tried when no finalist holds on held-out data
 
 
@@ -70,21 +73,36 @@ class _Search:
     clock: Clock
     found: Found = field(default_factory=Found)
     known: dict[tuple[str, ...], Tried] = field(default_factory=dict)
+    even: set[tuple[str, ...]] = field(default_factory=set)
 
     def run(self, candidates: Sequence[Candidate], sites: TokenSites | None) -> Found:
         found = self.found
         found.exact = self._exact()
-        found.measured = measure(self.trials, candidates, sites, self.budget.limit, self.clock)
+        found.measured = measure(self.trials, candidates, sites, self.budget, self.clock)
         space = Space(found.measured, sites, self.trials.exact_seconds)
         if space.is_empty:
             found.why = "; ".join(found.measured.notes) or "every rewrite alone loses more than the budget"
             return found
-        found.predicted = space.curve(self.budget.limit, _LADDER)
-        self._climb([space.composition(choice) for choice in found.predicted], space)
-        self._climb(list(space.uniform()), space)
+        self._climb(self._uniform(space), space)
+        self._ask(space)
         self._improve(space)
         self._settle(space)
         return found
+
+    def _uniform(self, space: Space) -> list[Composition]:
+        ladder = list(space.uniform())
+        self.even = {name_of(composition) for composition in ladder}
+        return ladder
+
+    def _ask(self, space: Space) -> None:
+        """Run what the solvers find for ever larger limits, correct the tables by it, ask again while that helps."""
+        for _ in range(_ASKED):
+            best = self._fastest()
+            space.correct(self.found.tried)
+            self.found.predicted = space.curve(self.budget.limit, _LADDER)
+            self._climb([space.composition(choice) for choice in self.found.predicted], space)
+            if self._fastest() is best or not self._may_go_on():
+                return
 
     def _exact(self) -> Estimate:
         exact = self._estimate(self.trials.losses(()))
@@ -110,7 +128,7 @@ class _Search:
 
     def _try(self, composition: Composition, space: Space) -> Tried:
         """Run a composition on the calibration data, once."""
-        key = tuple(candidate.name for candidate in composition)
+        key = name_of(composition)
         if key not in self.known:
             loss, seconds = space.predict(composition)
             losses = self.trials.losses(composition, self._batches())
@@ -146,11 +164,27 @@ class _Search:
         return False
 
     def _improve(self, space: Space) -> None:
-        """From the composition that is predicted to be the fastest of those that hold to its neighbours, until none of
-        them is faster and holds."""
+        """From the composition that is predicted to be the fastest of those that hold to neighbours that are faster;
+        where none of them holds, to one that is as fast and loses less."""
         best = self._fastest()
-        while best is not None and (found := self._step(best, space)) is not None:
-            best = found
+        while best is not None:
+            best = self._step(best, space) or self._calm(best, space)
+            space.correct(self.found.tried)
+
+    def _calm(self, best: Tried, space: Space) -> Tried | None:
+        """One that is predicted to be no slower and loses clearly less."""
+        assert best.loss is not None
+        failures = 0
+        for other in space.calmer(best.composition):
+            if name_of(other) in self.known:
+                continue
+            if failures >= _FAILURES_CALM or not self._may_go_on():
+                return None
+            tried = self._try(other, space)
+            if self._holds(tried) and tried.loss is not None and tried.loss.typical <= _CALMER * best.loss.typical:
+                return tried
+            failures += 1
+        return None
 
     def _step(self, best: Tried, space: Space) -> Tried | None:
         """The first neighbour that holds, those first that give the most time for the loss that they add."""
@@ -158,7 +192,7 @@ class _Search:
         for neighbour in sorted(
             space.neighbours(best.composition), key=lambda neighbour: space.price(best.composition, neighbour)
         ):
-            if tuple(candidate.name for candidate in neighbour) in self.known:
+            if name_of(neighbour) in self.known:
                 continue
             if failures >= _FAILURES or not self._may_go_on():
                 return None
@@ -201,7 +235,9 @@ class _Search:
                     self._try(composition, space)
         ordered = sorted(fitting(), key=lambda tried: tried.predicted_seconds)
         spent = sorted(ordered[_FINALISTS - 1 :], key=lambda tried: -tried.predicted_loss)[:1]
-        return [*ordered[: _FINALISTS - 1], *spent]  # predicted times may be wrong: what gives up most may be fast, too
+        made = [*ordered[: _FINALISTS - 1], *spent]  # predicted times may be wrong: what gives up most may be fast, too
+        even = [tried for tried in ordered if name_of(tried.composition) in self.even and tried not in made]
+        return [*made, *even[:1]]  # a schedule that is not faster than a uniform one is not worth its name
 
     def _timed(self, finalists: Sequence[Tried]) -> Iterator[Tried]:
         """Finalists with their measured time, the fastest first; among those that are as fast as it but for what times
@@ -214,7 +250,7 @@ class _Search:
         while left:
             fastest = min(tried.seconds or math.inf for tried in left)
             alike = [tried for tried in left if (tried.seconds or math.inf) <= fastest * (1 + _ALIKE)]
-            best = min(alike, key=lambda tried: tried.loss.mean if tried.loss is not None else math.inf)
+            best = min(alike, key=lambda tried: tried.loss.typical if tried.loss is not None else math.inf)
             left.remove(best)
             yield best
 

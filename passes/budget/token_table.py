@@ -1,13 +1,13 @@
 """From a few measured cuts to the tables that a token schedule is made from.
 
-A cut removes tokens behind one layer only; its loss is what that removal loses. Times are fitted: each token that goes
-behind a layer saves that layer's share, and each reduction costs the same. A single measurement is noisy; all of them
-together, that of an even schedule among them, are less so.
+A cut removes tokens behind one layer only; its loss is what that removal loses. Times are fitted: a token that goes
+behind a layer saves time in proportion to the work that it saves, and each reduction costs the same. A single
+measurement is noisy; all of them together, that of an even schedule among them, are less so, and two numbers are all
+that is asked of them.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -34,10 +34,12 @@ def table(
     method: str,
     losses: Mapping[Cut, float],
     seconds: Mapping[tuple[int, ...], float],
+    work: Mapping[int, float],
     exact_seconds: float,
 ) -> TokenTable:
-    """The table of a program and a method from the losses of cuts and the times of schedules. A layer of which no cut
-    was measured has the losses of the nearest one, and what a token saves there lies between those around it."""
+    """The table of a program and a method from the losses of cuts and the times of schedules. ``work``: the part of the
+    exact model's work that a token saves which goes behind a layer. A layer of which no cut was measured has the losses
+    of the nearest one, and what a token saves there lies between those around it."""
     removals = sites.removals
     loss = np.full((sites.layers, sites.tokens + 1, len(removals)), np.inf)
     loss[:, :, 0] = 0.0
@@ -53,7 +55,7 @@ def table(
             for choice, removed in enumerate(removals):
                 if 0 < removed <= most:  # of fewer tokens the same number is a larger part
                     loss[layer, left, choice] = of(removed * sites.tokens / left)
-    saved, cost = _fitted(seconds, exact_seconds)
+    saved, cost = _fitted(seconds, _of_layers(work, sites.layers), exact_seconds)
     per_layer = exact_seconds / sites.layers
     behind = saved - np.append(saved[1:], 0.0)  # what each token saves up to the next reduction
     own = per_layer - behind[:, None] * (sites.tokens - np.arange(sites.tokens + 1.0))
@@ -77,28 +79,33 @@ def _power_law(known: Mapping[int, float]) -> Callable[[float], float]:
     return loss
 
 
-def _fitted(seconds: Mapping[tuple[int, ...], float], exact: float) -> tuple[Array, float]:
-    """The seconds that a token saves which goes behind each layer, ``[layers]``, and what a reduction costs: the least
-    squares over all schedules that were timed, none of them negative."""
+def _of_layers(work: Mapping[int, float], layers: int) -> Array:
+    """The part of the work that a token saves which goes behind each layer, ``[layers]``."""
+    known = sorted(work)
+    if known[-1] == layers - 1:
+        return np.interp(range(layers), known, [work[layer] for layer in known])
+    values = [*(work[layer] for layer in known), 0.0]  # behind the last layer there is nothing to save
+    return np.interp(range(layers), [*known, layers], values)
+
+
+def _fitted(seconds: Mapping[tuple[int, ...], float], work: Array, exact: float) -> tuple[Array, float]:
+    """The seconds that a token saves which goes behind each layer, ``[layers]``, and what a reduction costs: least
+    squares over all schedules that were timed, neither of them negative. That time follows work counts as one of the
+    measurements."""
     schedules = np.array(list(seconds), float)
-    layers = schedules.shape[1]
-    alone = schedules[(schedules > 0).sum(1) == 1]
-    known = sorted({int(row.argmax()) for row in alone}) or [0]
-    knots = [*known, layers] if known[-1] < layers - 1 else known  # behind the last layer there is nothing to save
-    spread = np.stack([np.interp(range(layers), knots, np.eye(len(knots))[place]) for place in range(len(known))])
-    rows = np.column_stack([schedules @ spread.T, -(schedules > 0).sum(1)])
-    found = _not_negative(rows, exact - np.array(list(seconds.values())))
-    return found[:-1] @ spread, float(found[-1])
+    expected = exact * (schedules @ work)
+    usual = float(expected.mean())
+    rows = np.column_stack([np.append(expected, usual), np.append(-(schedules > 0).sum(1).astype(float), 0.0)])
+    values = np.append(exact - np.array(list(seconds.values())), usual)
+    scale, cost = _not_negative(rows, values)
+    return scale * exact * work, float(cost)
 
 
 def _not_negative(rows: Array, values: Array) -> Array:
-    """The least squares solution without negative parts: of every choice of parts that are zero the best. Few parts."""
-    count, best, least = rows.shape[1], np.zeros(rows.shape[1]), float((values**2).sum())
-    for chosen in itertools.product((False, True), repeat=count):
-        part = np.array(chosen)
-        if not part.any():
-            continue
-        found = np.zeros(count)
+    """The least squares solution ``[2]`` without negative parts: of every choice of parts that are zero the best."""
+    best, least = np.zeros(2), float((values**2).sum())
+    for part in ([0], [1], [0, 1]):
+        found = np.zeros(2)
         found[part] = np.linalg.lstsq(rows[:, part], values, rcond=None)[0]
         error = float(((rows @ found - values) ** 2).sum())
         if (found >= 0).all() and error < least:

@@ -38,6 +38,10 @@ class Trials(Protocol):
         """The same on the batches that are held out, by the model as it will be used."""
         ...
 
+    def work(self, composition: Composition) -> float:
+        """The model's modelled work over that of the exact one; NaN where the rewrites cannot be made."""
+        ...
+
     def ratio(self, composition: Composition, thorough: bool = False) -> float:
         """The model's time over that of the exact one, calls in turn; NaN where the rewrites cannot be made."""
         ...

@@ -27,7 +27,8 @@ class TokenTable:
     ``removals`` are the numbers of tokens that may go behind a layer, 0 among them. ``seconds[layer, left]`` is the
     time from behind the reduction of ``layer`` to the next one when ``left`` tokens are left, ``overhead[layer]`` what
     a reduction there costs by itself, ``base`` the time of everything else. ``loss[layer, before, choice]`` is what
-    removing ``removals[choice]`` of ``before`` tokens loses, infinite where that is not allowed.
+    removing ``removals[choice]`` of ``before`` tokens loses, infinite where that is not allowed. ``power``: losses add
+    up in this power of theirs, 1 as they are, 1/2 as amplitudes that all point the same way.
     """
 
     removals: tuple[int, ...]
@@ -35,6 +36,7 @@ class TokenTable:
     overhead: Array
     loss: Array
     base: float = 0.0
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         layers, sizes = self.seconds.shape if self.seconds.ndim == 2 else (0, 0)
@@ -53,6 +55,8 @@ class TokenTable:
             )
         if np.isnan(self.loss).any() or (self.loss < 0).any() or not np.isfinite(self.seconds).all():
             raise ScheduleError("a loss is negative or not a number, or a time is not finite; measure it again")
+        if not 0 < self.power <= 1:
+            raise ScheduleError(f"losses were to add up in their power {self.power}; give a number above 0 and up to 1")
 
     @property
     def layers(self) -> int:
@@ -66,14 +70,30 @@ class TokenTable:
 
     def cost(self, schedule: tuple[int, ...]) -> tuple[float, float]:
         """Loss and time of a schedule; the loss is infinite where it is not allowed."""
-        loss, seconds, left = 0.0, self.base, self.tokens
+        parts, seconds, left = self.parts(schedule), self.base, self.tokens
+        if not all(map(math.isfinite, parts)):
+            return math.inf, math.inf
         for layer, removed in enumerate(schedule):
-            if removed > left:
-                return math.inf, math.inf
-            loss += float(self.loss[layer, left, self.removals.index(removed)])
             left -= removed
             seconds += float(self.seconds[layer, left] + (self.overhead[layer] if removed else 0.0))
-        return loss, seconds
+        return self.added(sum(self.share(part) for part in parts)), seconds
+
+    def parts(self, schedule: tuple[int, ...]) -> list[float]:
+        """The loss of each step of a schedule, infinite where it is not allowed."""
+        parts, left = [], self.tokens
+        for layer, removed in enumerate(schedule):
+            allowed = removed <= left and removed in self.removals
+            parts.append(float(self.loss[layer, left, self.removals.index(removed)]) if allowed else math.inf)
+            left -= removed if allowed else 0
+        return parts
+
+    def share(self, loss: float) -> float:
+        """A loss in the power in which losses add up."""
+        return float(loss**self.power)
+
+    def added(self, shares: float) -> float:
+        """The loss of a sum of shares."""
+        return float(shares ** (1 / self.power))
 
 
 @dataclass(frozen=True)
@@ -114,6 +134,7 @@ def solve_tokens(table: TokenTable, limit: float = math.inf, most_labels: int = 
     if not limit >= 0:
         raise ScheduleError(f"the limit {limit} was given; give 0 or more")
     states, cut = {table.tokens: [_Label(0.0, table.base, ())]}, False
+    most_shares = table.share(limit)
     for layer in range(table.layers):
         reached: dict[int, list[_Label]] = {}
         for left, labels in states.items():
@@ -121,7 +142,7 @@ def solve_tokens(table: TokenTable, limit: float = math.inf, most_labels: int = 
                 reached.setdefault(left - removed, []).extend(
                     _Label(label.loss + more_loss, label.seconds + more_seconds, (*label.removed, removed))
                     for label in labels
-                    if label.loss + more_loss <= limit
+                    if label.loss + more_loss <= most_shares
                 )
         states = {}
         for left, labels in reached.items():
@@ -129,7 +150,7 @@ def solve_tokens(table: TokenTable, limit: float = math.inf, most_labels: int = 
             cut = cut or len(kept) > most_labels
             states[left] = _thinned(kept, most_labels)
     last = front(label for labels in states.values() for label in labels)
-    found = tuple(TokenSchedule(label.removed, label.loss, label.seconds) for label in last)
+    found = tuple(TokenSchedule(label.removed, table.added(label.loss), label.seconds) for label in last)
     best = fastest(found, limit)
     assert best is not None  # removing nothing loses nothing
     bound = _bound(table, limit) if cut else best.seconds
@@ -138,11 +159,12 @@ def solve_tokens(table: TokenTable, limit: float = math.inf, most_labels: int = 
 
 
 def _steps(table: TokenTable, layer: int, left: int) -> Iterator[tuple[int, float, float]]:
-    """What may be removed behind ``layer`` of ``left`` tokens, with its loss and the time up to the next layer."""
+    """What may be removed behind ``layer`` of ``left`` tokens, with its share of the loss and the time up to the next
+    layer."""
     for choice, removed in enumerate(table.removals):
         if removed <= left and math.isfinite(loss := float(table.loss[layer, left, choice])):
             overhead = float(table.overhead[layer]) if removed else 0.0
-            yield removed, loss, overhead + float(table.seconds[layer, left - removed])
+            yield removed, table.share(loss), overhead + float(table.seconds[layer, left - removed])
 
 
 def _thinned(labels: list[_Label], most: int) -> list[_Label]:
@@ -156,6 +178,7 @@ def _thinned(labels: list[_Label], most: int) -> list[_Label]:
 
 def _bound(table: TokenTable, limit: float, parts: int = 512) -> float:
     """The least time when losses are rounded down to parts of the limit: no schedule within it is faster."""
+    limit = table.share(limit)
     if not math.isfinite(limit) or limit == 0:
         parts, limit = 0, 1.0  # nothing binds; or only what loses nothing is allowed
     start = np.full(parts + 1, np.inf)

@@ -9,7 +9,7 @@ import pytest
 
 from regraft.passes.budget.budget import Budget
 from regraft.passes.budget.errors import BudgetError
-from regraft.passes.budget.estimate import estimate, rate_bound
+from regraft.passes.budget.estimate import estimate, rate_bound, typical
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,17 @@ def test_one_sample_or_none_and_what_is_no_number_show_nothing() -> None:
     assert not estimate(np.zeros(0), 0.99).within(1.0)
     assert not estimate(np.array([0.0, math.nan]), 0.99).within(math.inf)
     assert not estimate(np.array([0.0, math.inf]), 0.99).within(1.0)
+
+
+def test_a_few_samples_near_a_decision_do_not_rank_rewrites() -> None:
+    """Losses whose mean is that of few samples: the typical loss tells which of two rewrites moves outputs more."""
+    rng = np.random.default_rng(0)
+    sensitive = np.exp(rng.normal(0.0, 3.0, (400, 40)))  # how much each sample makes of a move, drawn for either model
+    other = np.exp(rng.normal(0.0, 3.0, (400, 40)))
+    right = {kind: np.mean([of(2 * a) > of(b) for a, b in zip(sensitive, other, strict=True)]) for kind, of in KINDS}
+    assert right["typical"] > right["mean"] + 0.02
+    assert typical(np.array([4.0, 16.0])) == 9.0 and typical(np.array([0.0, 1.0]), rate=True) == 0.5
+    assert estimate(np.array([4.0, 16.0]), 0.99).typical == 9.0 and math.isnan(typical(np.zeros(0)))
+
+
+KINDS = (("typical", typical), ("mean", np.mean))

@@ -78,6 +78,10 @@ class Arithmetic:
     def held_out(self, composition: Composition) -> Array:
         return self._drawn(self.drift * self.loss(composition), 1)
 
+    def work(self, composition: Composition) -> float:
+        removed = [number for candidate in composition for number in schedule_of(candidate) or ()]
+        return 1.0 - sum(number * (4 - layer) for layer, number in enumerate(removed)) / (4 * 32)
+
     def ratio(self, composition: Composition, thorough: bool = False) -> float:
         return self.seconds(composition) / self.exact_seconds
 
