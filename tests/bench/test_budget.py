@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.budget import Comparison, added, at_time, mean_kl
+from bench.budget import added, mean_kl
 from bench.budget_systems import Retrieval, System
+from bench.budget_uniform import Point, at, monotone, summary
 from bench.prose import passages
 
 
@@ -56,22 +57,34 @@ def test_the_loss_on_fresh_data_is_a_mean_over_samples() -> None:
 
 
 def test_the_loss_at_equal_time_lies_between_the_schedules_around_it() -> None:
-    uniform = [(4, 1e-4, 30.0), (8, 1e-2, 20.0), (16, 1.0, 10.0)]
-    assert at_time(uniform, 25.0) == pytest.approx(1e-3)
-    assert at_time(uniform, 20.0) == pytest.approx(1e-2)
-    assert at_time(uniform, 35.0) is None and at_time(uniform, 5.0) is None
-    assert Comparison("s", 0, "", 5e-4, 25.0, uniform, 1e-3).ratio == pytest.approx(2.0)
-    assert Comparison("s", 0, "", 5e-4, 35.0, uniform, None).ratio is None
+    uniform = [(4, 1e-4, 0.9), (8, 1e-2, 0.8), (16, 1.0, 0.7)]
+    assert at(uniform, 0.85) == pytest.approx(1e-3)
+    assert at(uniform, 0.8) == pytest.approx(1e-2)
+    assert at(uniform, 0.95) is None and at(uniform, 0.65) is None
+    assert Point("s", 0, "time", 0.1, "", 5e-4, 0.85, uniform, 1e-3).ratio == pytest.approx(2.0)
+    assert Point("s", 0, "time", 0.1, "", 5e-4, 0.95, uniform, None).ratio is None
+
+
+def test_more_tokens_that_go_do_not_take_longer_and_of_equally_fast_ones_the_least_loss_counts() -> None:
+    places = monotone([(2, 1e-4, 0.9), (4, 1e-3, 0.8), (6, 1e-2, 0.84), (8, 1e-1, 0.7)])
+    assert [place for _, _, place in places] == pytest.approx([0.9, 0.82, 0.82, 0.7])
+    assert at(places, 0.82) == pytest.approx(1e-3)
+
+
+def test_ratios_are_averaged_as_factors() -> None:
+    rows = [{"system": "s", "by": "work", "ratio": ratio} for ratio in (4.0, 1.0, 0.5, None)]
+    (row,) = summary(rows)
+    assert row["ratio"] == pytest.approx(2 ** (1 / 3)) and (row["better"], row["points"]) == (1, 3)
 
 
 def test_rows_are_added_to_a_record_and_replace_those_of_the_same_run() -> None:
-    def row(system: str, seed: int, fresh: float) -> dict[str, object]:
-        return {"system": system, "seed": seed, "fresh": fresh}
+    def row(system: str, seed: int, fresh: float, by: str = "") -> dict[str, object]:
+        return {"system": system, "seed": seed, "fresh": fresh, "limit": 0.1, **({"by": by} if by else {})}
 
-    record = {"runs": [row("a", 0, 1.0), row("a", 1, 1.0)], "uniform": [], "device": {}}
-    found = added(record, {"runs": [row("a", 1, 2.0), row("b", 0, 2.0)], "uniform": [row("b", 0, 3.0)]})
+    record = {"runs": [row("a", 0, 1.0), row("a", 1, 1.0)], "uniform": [row("b", 0, 1.0, "work")], "device": {}}
+    found = added(record, {"runs": [row("a", 1, 2.0), row("b", 0, 2.0)], "uniform": [row("b", 0, 3.0, "time")]})
     assert found["runs"] == [row("a", 0, 1.0), row("a", 1, 2.0), row("b", 0, 2.0)]
-    assert found["uniform"] == [row("b", 0, 3.0)]
+    assert found["uniform"] == [row("b", 0, 3.0, "time"), row("b", 0, 1.0, "work")]
 
 
 @pytest.mark.slow

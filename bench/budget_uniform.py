@@ -1,0 +1,193 @@
+"""Token schedules that a budget chose, beside uniform ones of the same method at equal time: which loses less?
+
+A schedule is found for each of some limits, by the search that ``compile(budget=…)`` makes, and judged on data that
+played no part. Uniform ones remove the same number of tokens behind every layer; the loss of one that takes as long as
+the schedule lies between those of its neighbours. Time is counted twice: as modelled work (multiplications and
+additions after all fusion, the same on every machine), and as measured, beside the exact model, calls in turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from bench.budget_systems import System
+from regraft.budget import Budget
+from regraft.calibration import Calibration, Call, split
+from regraft.ir.capture import capture
+from regraft.ir.driver import Session
+from regraft.passes.budget.candidate import Composition
+from regraft.passes.budget.search import search
+from regraft.passes.budget.token_sites import TokenSites, find_token_sites
+from regraft.passes.pipeline import finishing, recognising
+from regraft.rehearsal import Rehearsal
+
+#: Limits of KL by system, and how many tokens uniform schedules remove.
+LIMITS: dict[str, tuple[float, ...]] = {"digits": (1e-3, 3e-3, 1e-2), "minilm": (5e-3, 1.5e-2, 5e-2)}
+UNIFORM: dict[str, tuple[int, ...]] = {"digits": (2, 4, 6, 8, 10, 12, 14, 16, 20), "minilm": (2, 4, 6, 8, 10, 12, 16)}
+_TIMED = 3  # times that a time is measured, each the median of many turns
+
+UniformPoint = tuple[int, float, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A schedule beside uniform ones, which ``uniform`` holds as (tokens a layer, loss, place). A place is work or time
+    (``by``) over that of the exact model; losses are KL on fresh data. ``equal`` is the loss of a uniform schedule at
+    the schedule's place, None where no two of them lie around it."""
+
+    system: str
+    seed: int
+    by: str
+    limit: float
+    schedule: str
+    loss: float
+    place: float
+    uniform: list[UniformPoint]
+    equal: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times more the uniform schedule loses."""
+        return None if self.equal is None or self.loss <= 0 else self.equal / self.loss
+
+
+class ByWork(Rehearsal):
+    """Takes modelled work for time."""
+
+    def ratio(self, composition: Composition, thorough: bool = False) -> float:
+        return self.work(composition)
+
+
+@dataclass
+class Bench:
+    """One system with the data of one seed."""
+
+    system: System
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.entry = self.system.exact().entries[0]
+        self.recognised = capture(self.system.module, self.system.example)
+        recognising().run(self.recognised, Session(verify="off"))
+        batches, fresh = self.system.data(self.seed)
+        self.calls, self.fresh = ([Call(tuple(batch), {}) for batch in part] for part in (batches, fresh))
+        sites = find_token_sites(self.recognised)
+        assert sites is not None
+        self.sites: TokenSites = sites
+
+    def rehearsal(self, calibration: Calibration, kind: type[Rehearsal], limit: float = 1.0) -> Rehearsal:
+        """The system on some calls."""
+        budget = Budget("kl", limit)
+        return kind(self.recognised, finishing("cpu"), self.entry, self.system.module, calibration, budget)
+
+    def scheduled(self, limit: float, seconds: float, kind: type[Rehearsal]) -> Composition | None:
+        """What the search finds for a limit; None where the exact model remains."""
+        calibration = split(self.calls, self.entry, self.seed)
+        budget = Budget("kl", limit, seconds=seconds, seed=self.seed)
+        found = search(self.rehearsal(calibration, kind, limit), budget, [], self.sites)
+        return found.chosen.composition if found.chosen is not None else None
+
+
+def compare(system: System, seed: int, by: str, seconds: float) -> Iterator[Point]:
+    """A point for each limit for which a schedule was found."""
+    bench = Bench(system, seed)
+    judge = bench.rehearsal(Calibration(bench.fresh, []), Rehearsal)
+    place = _remembered(judge.work if by == "work" else lambda item: _measured(judge, item))
+    loss = _remembered(lambda item: float(judge.losses(item).mean()))
+    for limit in LIMITS[system.name]:
+        found = bench.scheduled(limit, seconds, ByWork if by == "work" else Rehearsal)
+        if found is None:
+            continue
+        method = found[0].knob.partition(",")[0]
+        own = {
+            number: (bench.sites.candidate(method, bench.sites.uniform(method, number)),)
+            for number in UNIFORM[system.name]
+        }
+        uniform = monotone([(number, loss(item), place(item)) for number, item in own.items()])
+        here = place(found)
+        yield Point(system.name, seed, by, limit, found[0].knob, loss(found), here, uniform, at(uniform, here))
+
+
+def _remembered(of: Callable[[Composition], float]) -> Callable[[Composition], float]:
+    known: dict[tuple[str, ...], float] = {}
+
+    def value(item: Composition) -> float:
+        key = tuple(candidate.name for candidate in item)
+        if key not in known:
+            known[key] = of(item)
+        return known[key]
+
+    return value
+
+
+def _measured(judge: Rehearsal, item: Composition) -> float:
+    return mean(judge.ratio(item, thorough=True) for _ in range(_TIMED))
+
+
+def monotone(uniform: Sequence[UniformPoint]) -> list[UniformPoint]:
+    """The same with places that do not rise with the tokens removed: the nearest such ones, by least squares."""
+    from sklearn.isotonic import IsotonicRegression
+
+    places = IsotonicRegression(increasing=False).fit_transform([n for n, _, _ in uniform], [p for _, _, p in uniform])
+    return [(number, loss, float(place)) for (number, loss, _), place in zip(uniform, places, strict=True)]
+
+
+def at(uniform: Sequence[UniformPoint], place: float) -> float | None:
+    """The loss of uniform schedules at a place, interpolated in the logarithm; of equal places the least loss counts.
+    None where no two of them lie around it."""
+    least: dict[float, float] = {}
+    for _, loss, here in uniform:
+        least[here] = min(loss, least.get(here, math.inf))
+    for (before, more), (after, less) in itertools.pairwise(sorted(least.items())):
+        if before <= place <= after and more > 0 and less > 0:
+            share = (place - before) / (after - before)
+            return math.exp((1 - share) * math.log(more) + share * math.log(less))
+    return None
+
+
+def summary(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each system and way of counting time: geometric mean and spread (a factor) of the ratios, how many are above
+    one, and how many there are."""
+    rows = []
+    for system, by in sorted({(point["system"], point["by"]) for point in points}):
+        own = [p["ratio"] for p in points if (p["system"], p["by"]) == (system, by) and p["ratio"] is not None]
+        if own:
+            logs = [math.log(ratio) for ratio in own]
+            spread = math.exp(stdev(logs)) if len(logs) > 1 else None
+            better = sum(ratio > 1 for ratio in own)
+            rows.append(
+                {
+                    "system": system,
+                    "by": by,
+                    "ratio": math.exp(mean(logs)),
+                    "spread": spread,
+                    "better": better,
+                    "points": len(own),
+                }
+            )
+    return rows
+
+
+def table(points: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a point."""
+    made = Table(
+        "system", "seed", "by", "limit", "schedule", "loss", "place", "uniform: loss at place", "at equal", "ratio"
+    )
+    for point in points:
+        beside = ", ".join(f"{number}: {loss:.1e} at {place:.2f}" for number, loss, place in point["uniform"])
+        equal, ratio = (
+            ("-" if value is None else f"{value:{form}}")
+            for value, form in ((point["equal"], ".1e"), (point["ratio"], ".2f"))
+        )
+        made.add_row(
+            point["system"], str(point["seed"]), point["by"], f"{point['limit']:g}", point["schedule"],
+            f"{point['loss']:.1e}", f"{point['place']:.3f}", beside, equal, ratio,
+        )  # fmt: skip
+    return made
