@@ -16,6 +16,7 @@ from regraft.codegen.triton.attention_samples import attention_samples
 from regraft.codegen.triton.emit import Kernel
 from regraft.codegen.triton.gemm.samples import experts_samples, product_samples
 from regraft.codegen.triton.rowwise.samples import rowwise_samples
+from regraft.codegen.triton.tokens.samples import token_samples
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ FAMILIES: dict[str, Callable[[], dict[str, Callable[[], Kernel]]]] = {
     "rowwise": rowwise_samples,
     "product": product_samples,
     "experts": experts_samples,
+    "tokens": token_samples,
 }
 
 

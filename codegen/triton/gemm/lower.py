@@ -23,6 +23,7 @@ from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.lower import Placed, RegionReport, lower_regions, place_alike
 from regraft.codegen.triton.rowwise.operators import Kind, Step, is_free_view, step_of
 from regraft.codegen.triton.rowwise.partition import Left, Region, outputs_of
+from regraft.codegen.triton.tokens.lower import lower_tokens
 from regraft.ir import ops
 from regraft.ir.cost import footprint, node_cost
 from regraft.ir.nodes import arguments, concrete, shape, user_line
@@ -32,9 +33,10 @@ RULE = "grouped experts"
 
 
 def lower_kernels(program: Program, products: bool = False) -> RegionReport:
-    """Experts, products where asked for, and row-wise regions of a program become kernels, in place."""
+    """Experts, token reduction, products where asked for, and row-wise regions become kernels, in place."""
     report = RegionReport()
     lower_experts(program, report)
+    lower_tokens(program, report)
     if products:
         lower_products(program, report)
     return lower_regions(program, report)

@@ -1,0 +1,35 @@
+"""Default tiles of token kernels: what builds without spilling registers on every target (``bench.aot``).
+
+Untuned: chosen by what the compiler says of registers and shared memory, not by time. Tuning records replace them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from regraft.codegen.triton.attention_configs import ARCHS
+
+#: The widest tokens that a merge holds whole.
+WIDEST = 8192
+
+
+def plan_configs(dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+    """Tokens of two tiles that are compared, numbers of a token, warps and stages."""
+    return dict.fromkeys(ARCHS, (16, 16, 32, 4, 1) if dtype == torch.float32 else (64, 64, 32, 8, 2))
+
+
+def merge_configs(width: int) -> dict[str, tuple[int, ...]]:
+    """Tokens that a program looks through together for those that come to its own, warps and stages."""
+    warps = min(8, max(1, padded(width) // 256))
+    return dict.fromkeys(ARCHS, (128, warps, 1))
+
+
+def unmerge_configs(width: int) -> dict[str, tuple[int, ...]]:
+    """Rows and columns of a program, warps and stages."""
+    columns = min(1024, padded(width))
+    return dict.fromkeys(ARCHS, (max(1, 2048 // columns), columns, 4, 1))
+
+
+def padded(width: int) -> int:
+    """The next power of two."""
+    return 1 << (width - 1).bit_length()
