@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.tokens_detectors import blocks, forget_places, settings
 from bench.tokens_quality import recognised
 from regraft.ir.driver import Session
 from regraft.ir.program import Program
@@ -73,10 +74,12 @@ def tiny(head: str, kind: str, output: str = "last_hidden_state", first: bool = 
     """A model of a family with random weights in fp64, places of tokens aside."""
     import transformers
 
-    named = {} if kind in _OF_THEIR_OWN else _SIZES
+    detector = kind.endswith("detr")
+    named = settings(kind) if detector else {} if kind in _OF_THEIR_OWN else _SIZES
     config = transformers.AutoConfig.for_model(kind, **{**named, **options})
     torch.manual_seed(0)
-    model = getattr(transformers, head)._from_config(config, attn_implementation="sdpa").eval().double()
+    how = "eager" if detector else "sdpa"
+    model = getattr(transformers, head)._from_config(config, attn_implementation=how).eval().double()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn(parameter.shape, dtype=parameter.dtype)
@@ -88,13 +91,29 @@ def tiny(head: str, kind: str, output: str = "last_hidden_state", first: bool = 
             parameter.data *= 50  # so that tokens at the edges are not nearly alike those inside
         if "relative_position_bias_table" in name:
             parameter.data = torch.randn_like(parameter[:1]).expand_as(parameter).clone()  # the same for all places
+    if detector:
+        forget_places(model)
+    for module in model.modules():
+        if "RopePositionEmbedding" in type(module).__name__:
+            module.register_forward_hook(lambda _module, _inputs, made: tuple(map(in_pairs, made)))
     return Output(model, output, first)
+
+
+def in_pairs(table: Tensor) -> Tensor:
+    """A table ``[tokens, width]`` of which every second row is as the one before."""
+    return table[::2].repeat_interleave(2, dim=0)
 
 
 def pairs() -> tuple[Tensor, ...]:
     """Images of two kinds of patches, two of a kind beside each other."""
     first, second = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return (torch.cat((first, first, second, second), dim=-1).repeat(1, 1, 4, 1),)
+
+
+def twins() -> tuple[Tensor, ...]:
+    """Images of eight kinds of patches, two of a kind beside each other: no token is like another but its twin."""
+    kinds = torch.randn(2, 3, 4, 8, 2, 1, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return (kinds.expand(-1, -1, -1, -1, -1, 2, -1).reshape(2, 3, 32, 32),)
 
 
 def padded() -> tuple[Tensor, ...]:
@@ -163,12 +182,15 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 _MERGE, _SMALL = ReduceTokens((4, 2, 1), "tome-stream"), ReduceTokens(4, "tome-stream")
+_TWO = ReduceTokens((4, 2, 0, 0), "tome-stream")  # behind the encoder's attentions; those of object queries stay
 _DROP, _WINDOWS = ReduceTokens(2, "prune-received"), "windows or groups of the samples"
 
 ROWS: tuple[Row, ...] = (
     Row("vit", lambda: tiny("ViTModel", "vit"), pairs, _MERGE),
     Row("dinov2", lambda: tiny("Dinov2Model", "dinov2"), pairs, _MERGE),
     Row("siglip", lambda: tiny("SiglipVisionModel", "siglip_vision_model", "pooler_output"), pairs, _MERGE),
+    Row("dinov2 with registers", lambda: tiny("Dinov2WithRegistersModel", "dinov2_with_registers"), pairs, _MERGE),
+    Row("dinov3", lambda: tiny("DINOv3ViTModel", "dinov3_vit"), twins, _MERGE),
     Row("deit", lambda: tiny("DeiTModel", "deit"), pairs, _MERGE),
     Row("beit", lambda: tiny("BeitModel", "beit", use_relative_position_bias=True), pairs, _MERGE),
     Row("clip vision", lambda: tiny("CLIPVisionModel", "clip_vision_model"), pairs, _MERGE),
@@ -183,6 +205,13 @@ ROWS: tuple[Row, ...] = (
         BracketAttention(4)),
     Row("detection: yolos", lambda: tiny("YolosForObjectDetection", "yolos", "pred_boxes", image_size=[32, 32],
                                          num_detection_tokens=4), pairs, _MERGE),
+    Row("detection: detr", lambda: tiny("DetrForObjectDetection", "detr", "pred_boxes"), blocks, _TWO),
+    Row("detection: conditional detr", lambda: tiny("ConditionalDetrForObjectDetection", "conditional_detr",
+                                                    "pred_boxes"), blocks, _TWO),
+    Row("detection: rt-detr", lambda: tiny("RTDetrForObjectDetection", "rt_detr", "enc_outputs_class"), blocks,
+        ReduceTokens(4, "tome-stream")),
+    Row("detection: detr, its queries", lambda: tiny("DetrForObjectDetection", "detr", "pred_boxes"), blocks,
+        ReduceTokens((0, 0, 2, 2), "tome-stream"), refused="the tokens come from weights"),
     Row("u-net block", lambda: seeded(UNetBlock), pairs, _SMALL),
     Row("u-net block, attention alone", lambda: seeded(UNetBlock), pairs, BracketAttention(8)),
     Row("dit block", lambda: seeded(DiTBlock), pairs, _SMALL),
@@ -204,8 +233,7 @@ def check(row: Row) -> dict[str, Any]:
     reasons = list(dict.fromkeys(f"{item.reason} at {_short(item.user_line)}" for item in session.log.refusals))
     right = unchanged and error <= _LARGEST_ERROR
     if row.refused:
-        right &= not fired and str(program.graph) == code and all(row.refused in reason for reason in reasons)
-        right &= bool(reasons)
+        right &= not fired and str(program.graph) == code and any(row.refused in reason for reason in reasons)
     else:
         right &= fired > 0
     went = [entry.new_nodes[0] for entry in session.log.applications]

@@ -26,6 +26,7 @@ _CASTS = frozenset(
 #: Pointwise too, though PyTorch does not say so.
 _POINTWISE = frozenset(
     (
+        aten.hardswish.default,
         aten.where.Scalar,
         aten.where.ScalarSelf,
         aten.where.ScalarOther,

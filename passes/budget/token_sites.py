@@ -10,7 +10,7 @@ from regraft.ir.nodes import user_line
 from regraft.ir.ops.plan_merge import most_removable
 from regraft.ir.program import Program
 from regraft.passes.budget.candidate import TOKENS, Candidate
-from regraft.passes.tokens.legality import Legality, examine
+from regraft.passes.tokens.legality import Legality, examine, walks
 from regraft.passes.tokens.methods import METHODS, Method
 from regraft.passes.tokens.reduce import ReduceTokens
 
@@ -70,7 +70,8 @@ def is_baseline(method: Method) -> bool:
 
 def find_token_sites(program: Program) -> TokenSites | None:
     """The token axis of a recognised program; None where no method may remove a token anywhere."""
-    found: dict[bool, Legality] = {drops: examine(program, 0, drops) for drops in (False, True)}
+    place = next((walk.attentions.index(next(iter(walk.sites))) for walk in walks(program) if walk.sites), 0)
+    found: dict[bool, Legality] = {drops: examine(program, 0, drops, start=place) for drops in (False, True)}
     legal = {
         name: tuple(node in found[method.drops].sites for node in found[method.drops].attentions)
         for name, method in METHODS.items()

@@ -98,6 +98,15 @@ def norm(walk: Walk, node: fx.Node) -> Step:
     return equivariant(found[1])
 
 
+@_rule(aten.batch_norm.default)
+def batch_norm(walk: Walk, node: fx.Node) -> Step:
+    """Features, in dim 1, scaled and shifted by what training found."""
+    found = _only(walk, node, "input")
+    if found is None or arguments(node)["training"] or not axis.is_plain(found[1][1]):
+        return barrier("a norm runs over the tokens")
+    return equivariant(found[1])
+
+
 @_rule(ops.rope)
 def rope(walk: Walk, node: fx.Node) -> Step:
     """Rotation by position: the tables are read at the tokens that stay."""
@@ -216,14 +225,34 @@ def repeat_interleave(walk: Walk, node: fx.Node) -> Step:
 
 @_rule(aten.cat.default)
 def cat(walk: Walk, node: fx.Node) -> Step:
-    """Beside each other along features; along the tokens they would be others."""
+    """Beside each other along features, or protected ends put back in front of and behind the tokens."""
     dim = _from_end(arguments(node)["dim"], node)
+    if (ends := _with_ends(walk, node, dim)) is not None:
+        return ends
     found = axis.broadcast([(*la[:dim], (), *la[len(la) + dim + 1 :]) for la in map(walk.of, _parts(node)) if la],
                            rank(node))  # fmt: skip
     if found is None or any(not axis.is_plain(la[dim]) for la in map(walk.of, _parts(node)) if la):
         return barrier("tokens are put together with others")
     place = dim % rank(node)
     return equivariant((*found[:place], *axis.plain(shape(node)[place : place + 1]), *found[place + 1 :]))
+
+
+def _with_ends(walk: Walk, node: fx.Node, dim: int) -> Step | None:
+    """Tokens between as many others as were cut off: what a rotary embedding of all but a class token does."""
+    parts = _parts(node)
+    inner = [place for place, part in enumerate(parts) if walk.of(part) is not None]
+    if len(inner) != 1 or len(parts) == 1:
+        return None
+    layout = walk.layouts[parts[inner[0]]]
+    span = axis.span_in(layout[dim])
+    if span is None or len(layout[dim]) > 1:
+        return None
+    before, behind = (sum(shape(p)[dim] for p in side) for side in (parts[: inner[0]], parts[inner[0] + 1 :]))
+    if (before, behind) != (span.start, walk.tokens - span.stop):
+        return None
+    place = len(layout) + dim
+    whole = (*layout[:place], (axis.Span(0, walk.tokens),), *layout[place + 1 :])
+    return Step(Kind.SELECTIVE, Duty.ENDS, whole, prefix=span.start, suffix=walk.tokens - span.stop)
 
 
 def _parts(node: fx.Node) -> list[Any]:

@@ -1,13 +1,14 @@
 """Whether tokens may be reduced in a program, where, and what that obliges to.
 
-``examine`` walks along the token axis from the first self-attention to the outputs. It knows nothing of models: what
-it cannot follow is a barrier, in front of which every token is put back, or, where a method drops tokens, a refusal.
+``examine`` walks along the token axis from a self-attention to the outputs. It knows nothing of models: what it cannot
+follow is a barrier, in front of which every token is put back, or, where a method drops tokens, a refusal. Attentions
+behind a barrier, or over other tokens, begin walks of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -17,7 +18,7 @@ from regraft.ir.nodes import arguments, shape, user_line
 from regraft.ir.program import Program
 from regraft.passes.refused import Refused
 from regraft.passes.tokens.layout import Batch, Span, plain
-from regraft.passes.tokens.sites import Site, attentions, find_site, leading_constants
+from regraft.passes.tokens.sites import Site, attentions, find_site, leading_constants, projected
 from regraft.passes.tokens.step import Duty, Kind, Step
 from regraft.passes.tokens.walk import Walk
 
@@ -36,12 +37,14 @@ class Obligation:
 @dataclass
 class Legality:
     """What ``examine`` found. ``attentions`` are all self-attentions in order; ``sites`` those behind which tokens may
-    go, ``refused`` why they may not go behind the others. ``prefix`` and ``suffix`` tokens must stay."""
+    go, ``refused`` why they may not go behind the others. ``reached`` are those that the walk says all about: the
+    others begin walks of their own. ``prefix`` and ``suffix`` tokens must stay."""
 
     attentions: list[fx.Node]
     walk: Walk | None = None
     sites: dict[fx.Node, Site] = field(default_factory=dict)
     refused: dict[fx.Node, Refused] = field(default_factory=dict)
+    reached: set[fx.Node] = field(default_factory=set)
     prefix: int = 0
     suffix: int = 0
 
@@ -65,27 +68,43 @@ class Legality:
         ]
 
 
-def examine(program: Program, protect: int = 0, drops: bool = False, protect_end: int = 0) -> Legality:
+def examine(program: Program, protect: int = 0, drops: bool = False, protect_end: int = 0, start: int = 0) -> Legality:
     """Find where tokens of a recognised program may be reduced.
 
     ``protect`` tokens in front and ``protect_end`` at the end stay whatever the graph says; ``drops``: the method
-    cannot put tokens back.
+    cannot put tokens back. The tokens are those of the self-attention number ``start``.
     """
     found = Legality(attentions(program))
-    start = next((node for node in found.attentions if isinstance(shape(node)[2], int)), None)
-    for node in found.attentions:
-        if start is None:
-            found.refused[node] = Refused("the number of tokens is a symbol; capture with a fixed length", node)
-    if start is None:
+    if start >= len(found.attentions):
         return found
-    found.walk = _walk(program, start)
+    first = found.attentions[start]
+    found.reached.add(first)
+    if not isinstance(shape(first)[2], int):
+        symbolic = Refused("the number of tokens is a symbol; capture with a fixed length", first)
+        return replace(found, refused=dict.fromkeys(found.attentions, symbolic))
+    found.walk = _walk(program, first)
+    found.reached |= {node for node in found.attentions if node in found.walk.layouts}
+    source = projected(arguments(first)["query"])
     for node in found.attentions:
         try:
+            if source is not None and program.is_made_of_weights(source):
+                raise Refused("the tokens come from weights, as the queries of a detector do", first)
             found.sites[node] = _site(found, node, drops)
         except Refused as refused:
             found.refused[node] = refused
     _protect(program, found, protect, protect_end)
     return found
+
+
+def walks(program: Program, protect: int = 0, drops: bool = False, protect_end: int = 0) -> Iterator[Legality]:
+    """``examine`` from every self-attention that no walk before has reached. The program may be rewritten in between,
+    as long as it keeps its self-attentions and their order."""
+    left = [*range(len(attentions(program)))]
+    while left:
+        found = examine(program, protect, drops, protect_end, left[0])
+        reached = {number for number, node in enumerate(found.attentions) if node in found.reached}
+        left = [number for number in left if number not in reached]
+        yield found
 
 
 def _walk(program: Program, start: fx.Node) -> Walk:
@@ -99,7 +118,7 @@ def _site(found: Legality, attention: fx.Node, drops: bool) -> Site:
     walk = found.walk
     assert walk is not None
     if attention not in walk.layouts:
-        raise Refused(_why_lost(walk), attention)
+        raise _why_lost(walk, attention)
     site = find_site(attention)
     layout = walk.layouts.get(site.anchor)
     if layout is None:
@@ -151,9 +170,18 @@ def _first_barrier(walk: Walk, attention: fx.Node) -> tuple[fx.Node, Step] | Non
     return None
 
 
-def _why_lost(walk: Walk) -> str:
-    barriers = [step.reason for step in walk.steps.values() if step.kind is Kind.BARRIER]
-    return barriers[0] if barriers else "it does not attend to the tokens of the first attention"
+def _why_lost(walk: Walk, attention: fx.Node) -> Refused:
+    """The barrier behind which an attention lies, the nearest first."""
+    pending, seen = [attention], set[fx.Node]()
+    while pending:
+        node = pending.pop(0)
+        step = walk.steps.get(node)
+        if step is not None and step.kind is Kind.BARRIER:
+            return Refused(step.reason, node)
+        fresh = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        pending += fresh
+    return Refused("it attends to other tokens than the first attention", attention)
 
 
 def check_mask(attention: fx.Node) -> None:

@@ -226,6 +226,12 @@ def _slice(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: in
     return build.call(aten.slice.Tensor, rebuild.value(source), dim, start, stop)
 
 
+def _ends(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: int) -> fx.Node:
+    """What was cut off is as it was: protected tokens never change places."""
+    given = arguments(old)
+    return build.call(old.target, [rebuild.value(part) for part in given["tensors"]], given["dim"])  # type: ignore[arg-type]
+
+
 def _attention(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: int) -> fx.Node:
     return rebuild_attention(rebuild, build, old, stage)
 
@@ -238,4 +244,5 @@ _WRITERS: dict[Duty, Writer] = {
     Duty.SUM: _sum,
     Duty.SELECT: _select,
     Duty.SLICE: _slice,
+    Duty.ENDS: _ends,
 }

@@ -5,7 +5,7 @@ The pass is lossy and in no default pipeline. With nothing to remove it leaves t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -22,11 +22,11 @@ from regraft.passes.base import Pass
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.refused import Refused
 from regraft.passes.tokens.errors import ReductionError
-from regraft.passes.tokens.legality import Legality, causal, examine
+from regraft.passes.tokens.legality import Legality, causal, walks
 from regraft.passes.tokens.methods import METHODS, Method
 from regraft.passes.tokens.planner import Planner
 from regraft.passes.tokens.rebuild import Rebuild
-from regraft.passes.tokens.sites import Site
+from regraft.passes.tokens.sites import Site, attentions
 from regraft.passes.tokens.stages import Stages, batch_size
 
 
@@ -54,18 +54,20 @@ class ReduceTokens(Pass):
             raise ReductionError(f"the method {self.method!r} is not known; known: {', '.join(METHODS)}")
         if isinstance(self.schedule, int) and self.schedule == 0:
             return 0
-        found = examine(program, self.protect, method.drops, self.protect_end)
-        numbers = removals(self.schedule, found.attentions)
-        session.log.refusals += self._refusals(found, numbers)
-        wanted = {site: numbers[node] for node, site in found.sites.items() if numbers[node]}
-        if session.fuel.left is not None:
-            wanted = dict(list(wanted.items())[: max(session.fuel.left, 0)])
-        return _Run(program, session, self, method, found, wanted).run() if wanted else 0
+        numbers = [*removals(self.schedule, attentions(program)).values()]
+        found = walks(program, self.protect, method.drops, self.protect_end)
+        return sum(self._reduce(program, session, method, walk, numbers) for walk in found)
 
-    def _refusals(self, found: Legality, numbers: dict[fx.Node, int]) -> Iterator[Refusal]:
+    def _reduce(self, program: Program, session: Session, method: Method, found: Legality, numbers: list[int]) -> int:
+        """Reduce the tokens of one walk; returns at how many sites."""
+        wanted = {node: number for node, number in zip(found.attentions, numbers, strict=True) if number}
         for node, refused in found.refused.items():
-            if numbers[node]:
-                yield refusal(self.name, node, refused)
+            if node in wanted and node in found.reached:
+                session.log.refusals.append(refusal(self.name, node, refused))
+        sites = {site: wanted[node] for node, site in found.sites.items() if node in wanted}
+        if session.fuel.left is not None:
+            sites = dict(list(sites.items())[: max(session.fuel.left, 0)])
+        return _Run(program, session, self, method, found, sites).run() if sites else 0
 
 
 def removals(schedule: tuple[int, ...] | int, attentions: Sequence[fx.Node]) -> dict[fx.Node, int]:

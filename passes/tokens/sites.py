@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import fx
 
 from regraft.ir import ops
 from regraft.ir.nodes import arguments, is_call, is_tensor, rank, shape, size_equal, sizes_equal
-from regraft.ir.pointwise import is_cast
+from regraft.ir.pointwise import is_cast, is_pointwise
 from regraft.ir.program import Program
 from regraft.passes.refused import Refused
 
@@ -20,7 +19,15 @@ aten = torch.ops.aten
 _NORMS = (aten.layer_norm.default, ops.rms_norm, aten.rms_norm.default)
 _PRODUCTS = (aten.linear.default, ops.linear, aten.matmul.default)
 #: What may lie between an attention and the sum that it joins: it treats every token alike.
-_BETWEEN = (*_NORMS, *_PRODUCTS, aten.reshape.default, aten.permute.default, aten.mul.Tensor, aten.div.Tensor)
+_BETWEEN = (
+    *_NORMS,
+    aten.batch_norm.default,
+    *_PRODUCTS,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+)
 _JOINS = (aten.add.Tensor,)
 _LONGEST_WAY = 24
 
@@ -82,10 +89,15 @@ def join_of(attention: fx.Node) -> fx.Node:
             raise Refused("what the attention gives is read in several places, or by nothing", node)
         if is_call(user, _JOINS) and _alike(user, node):
             return user
-        if not (is_call(user, _BETWEEN) or is_cast(user)):
+        if not (is_call(user, _BETWEEN) or is_cast(user) or _is_unary(user)):
             raise Refused(f"{user.target} stands between the attention and the residual sum", user)
         node = user
     raise Refused("no residual sum follows the attention", attention)
+
+
+def _is_unary(node: fx.Node) -> bool:
+    """Whether a call is a function of each element of its one operand."""
+    return is_pointwise(node) and len(node.all_input_nodes) == 1
 
 
 def _alike(join: fx.Node, node: fx.Node) -> bool:
@@ -103,17 +115,45 @@ def leading_constants(program: Program, tokens: int, width: Any) -> int:
     """How many tokens in front come from weights, not from an input: class, distillation and register tokens."""
     most = 0
     for node in program.graph.nodes:
-        if not is_call(node, (aten.cat.default,)) or rank(node) != 3 or not is_tensor(node):
-            continue
-        if arguments(node)["dim"] % 3 != 1 or not size_equal(shape(node)[1], tokens):
-            continue
-        if size_equal(shape(node)[2], width):
-            most = max(most, sum(_leading(program, arguments(node)["tensors"])))
-    return most if most < tokens else 0
+        if is_call(node, (aten.cat.default,)) and _is_stream(node, width) and size_equal(shape(node)[1], tokens):
+            found = _leading(program, node, _LONGEST_WAY)
+            most = max(most, found if found < tokens else 0)  # a table of places is all weights
+    return most
 
 
-def _leading(program: Program, parts: list[fx.Node]) -> Iterator[int]:
+def _is_stream(node: Any, width: Any) -> bool:
+    return is_tensor(node) and rank(node) == 3 and size_equal(shape(node)[2], width)
+
+
+def _leading(program: Program, node: fx.Node, depth: int) -> int:
+    """How many of the tokens of ``[batch, tokens, width]`` in front are made of weights alone."""
+    tokens = shape(node)[1]
+    if not isinstance(tokens, int) or not depth:
+        return 0
+    if program.is_made_of_weights(node):
+        return tokens
+    if is_call(node, (aten.slice.Tensor,)) and arguments(node)["dim"] % 3 == 1 and arguments(node)["step"] == 1:
+        source, given = arguments(node)["self"], arguments(node)
+        start, stop, _ = slice(given["start"], given["end"]).indices(int(shape(source)[1]))
+        return max(0, min(_leading(program, source, depth - 1), stop) - start)
+    if is_call(node, (aten.cat.default,)) and arguments(node)["dim"] % 3 == 1:
+        return _leading_of_parts(program, arguments(node)["tensors"], depth)
+    if is_pointwise(node):
+        operands = [source for source in node.all_input_nodes if is_tensor(source) and _is_aligned(source, node)]
+        return min((_leading(program, source, depth - 1) for source in operands), default=0)
+    return 0
+
+
+def _leading_of_parts(program: Program, parts: list[fx.Node], depth: int) -> int:
+    count = 0
     for part in parts:
-        if not is_tensor(part) or not program.is_made_of_weights(part):
-            return
-        yield int(shape(part)[1])
+        found = _leading(program, part, depth - 1)
+        count += found
+        if found < shape(part)[1]:
+            break
+    return count
+
+
+def _is_aligned(source: fx.Node, node: fx.Node) -> bool:
+    """Whether an operand has as many tokens; one that has a single row for all is left out."""
+    return rank(source) == rank(node) and size_equal(shape(source)[1], shape(node)[1])

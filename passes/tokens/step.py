@@ -33,6 +33,7 @@ class Duty(Enum):
     SUM = "sum weighted by the sizes"
     SELECT = "the same place at a protected end"
     SLICE = "the same places between protected ends"
+    ENDS = "protected ends put back around the tokens that are left"
     UNMERGE = "every token put back before it"
 
 
