@@ -13,9 +13,15 @@ from regraft.codegen.triton.attention_configs import ARCHS
 WIDEST = 8192
 
 
-def plan_configs(dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+_FP32 = {"sm_80": (16, 16, 32, 8, 1), "sm_90": (16, 32, 32, 4, 1), "sm_100": (16, 16, 32, 4, 1)}
+
+
+def plan_configs(dtype: torch.dtype, matching: str) -> dict[str, tuple[int, ...]]:
     """Tokens of two tiles that are compared, numbers of a token, warps and stages."""
-    return dict.fromkeys(ARCHS, (16, 16, 32, 4, 1) if dtype == torch.float32 else (64, 64, 32, 8, 2))
+    if dtype != torch.float32:
+        return dict.fromkeys(ARCHS, (64, 64, 32, 8, 2))
+    found: dict[str, tuple[int, ...]] = {arch: _FP32.get(arch, (16, 16, 32, 4, 1)) for arch in ARCHS}
+    return found | ({"sm_80": (16, 32, 32, 4, 1)} if matching == "distinct" else {})
 
 
 def merge_configs(width: int) -> dict[str, tuple[int, ...]]:
