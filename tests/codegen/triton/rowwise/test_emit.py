@@ -6,7 +6,6 @@ anew.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from regraft.codegen.triton.load import load_kernel
 from regraft.codegen.triton.rowwise.emit import emit_region
 from regraft.ir import ops
 from tests.codegen.triton.rowwise.support import region_of
+from tests.codegen.triton.texts import check_text
 from tests.support import captured
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,10 +49,7 @@ KERNELS: dict[str, Kernel] = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_text(name: str) -> None:
-    path = GOLDEN / f"{name}.py"
-    if os.environ.get("REGRAFT_GOLDEN"):
-        path.write_text(KERNELS[name].source, encoding="utf-8")
-    assert KERNELS[name].source == path.read_text(encoding="utf-8")
+    check_text(KERNELS[name], GOLDEN / f"{name}.py")
 
 
 def test_the_head_says_where_a_kernel_comes_from() -> None:

@@ -1,0 +1,1 @@
+"""Emitted kernels as text: what the emitter must write."""
