@@ -55,6 +55,7 @@ def compile(
     free_original: bool = False,
     toolchain: Toolchain | None = None,
     unpad: bool = False,
+    cuda_graphs: bool = False,
 ) -> CompiledModule:
     """Compile ``model`` for inference; the result is called as the model is and returns the same structure.
 
@@ -80,6 +81,10 @@ def compile(
 
     ``unpad``: where the batch has a padding mask, compute the tokens that are there, exactly, in calls with enough
     padding for that to be faster; what was decided is an event of the report. See docs/token-reduction.md.
+
+    ``cuda_graphs``: on a GPU, record the calls of each set of fixed shapes and replay them, which saves the launches of
+    kernels one by one. It takes memory of its own for each; where it does not apply, an event of the report says so.
+    See docs/lowering-triton.md.
 
     Raises ``CaptureError`` (inputs that do not fit, a model that export refuses, training mode), ``TargetError``,
     ``OptionError``, ``PermutationError`` or ``ShardingError`` (a plan that is not for this model) and ``PeerError``
@@ -119,8 +124,9 @@ def compile(
         raise OptionError(f"unpad was given for the target {lowered_for!r}, and works on a CPU in this version")
     chosen = toolchain or (Toolchain() if placement is None else Toolchain(pipeline=placement.pipeline))
     options = Options(
-        lowered_for, dynamic, verify, toolchain=chosen, experts=placement, spending=spending, unpad=_unpadding(unpad)
-    )
+        lowered_for, dynamic, verify, toolchain=chosen, experts=placement, spending=spending, unpad=_unpadding(unpad),
+        cuda_graphs=cuda_graphs,
+    )  # fmt: skip
     compiled = CompiledModule(model, options, _report(type(model).__name__, options.target))
     if _rehearses(model, options.target):
         compiled.report.record("fallback", "the model is on the CPU: what is lowered for a GPU runs as its definition")
@@ -134,13 +140,18 @@ def compile(
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str | torch.device | None = None, trust_kernels: bool = False
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    cuda_graphs: bool = False,
+    trust_kernels: bool = False,
 ) -> CompiledModule:
     """Load an artifact: lowered for this machine, not captured, rewritten or measured again. One rank's part of a
     sharded model runs in the default process group.
 
     ``device``: where it runs, "cpu", "cuda" or "cuda:1". By default an artifact for a GPU takes the one that is
     here, and runs on the CPU, its kernels as their definitions, where none is; an event of the report says so.
+    ``cuda_graphs``: as ``compile`` takes it.
 
     Raises ``ArtifactError``, ``TargetError`` for a device that is not here or that the artifact is not for, and
     ``GroupError`` under a process group that the part is not for."""
@@ -153,7 +164,8 @@ def load(
         report = Report.from_json(loaded.report) if loaded.report else _report(Path(os.fsdecode(path)).name, "cpu")
     except ReportError as error:
         raise ArtifactError(f"{os.fsdecode(path)} cannot be loaded: {error}") from error
-    options = Options(target=_check_target(loaded.manifest.targets[0] if loaded.manifest.targets else "cpu"))
+    target = _check_target(loaded.manifest.targets[0] if loaded.manifest.targets else "cpu")
+    options = Options(target=target, cuda_graphs=cuda_graphs)
     place = running_device(options.target, device)
     tuning = loaded.members.get("tuning.jsonl", b"")
     session = Session(log=Log(), verify="off", target=options.target, tuning=tuning, measures=False)

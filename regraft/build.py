@@ -17,7 +17,9 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from regraft.aliasing import separate_outputs
+from regraft.errors import CaptureError
 from regraft.guard import SymbolicGuard, leaf_order
+from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
 from regraft.ir.memory import give_back, no_cycle_search
 from regraft.ir.ops.gather import collective_calls
@@ -89,6 +91,7 @@ class Entry:
     def __init__(self, program: Program, executable: Executable) -> None:
         self.program = program
         self.executable = executable
+        self.recorded: Executable | None = None  # a CUDA graph of it, which runs in its place
         self.structure, order = leaf_order(program.in_spec)
         self.guard = SymbolicGuard(program)
         self.symbolic = self.guard.symbolic
@@ -128,16 +131,17 @@ class Entry:
 
     def __call__(self, leaves: list[Any]) -> Any:
         leaves = self.ordered(leaves)
+        run = self.recorded or self.executable
         with torch.no_grad():
             if self.writes:
                 with self._lock:  # reading the state and writing the next must not mix with another thread's
-                    outputs = self.executable(*leaves)
+                    outputs = run(*leaves)
                     for position, buffer in self._written:
                         buffer.copy_(outputs[position])
                     for position, place in self._inputs_written:
                         leaves[place].copy_(outputs[position])
             else:
-                outputs = self.executable(*leaves)
+                outputs = run(*leaves)
         return self.presented(outputs)
 
     @property
@@ -306,6 +310,17 @@ def output_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         copied_args, copied_kwargs = _copied((args, dict(kwargs)))
         return torch.func.functional_call(model, buffers, copied_args, copied_kwargs)
+
+
+def own_output(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model's own output; what is wrong with the inputs may show only here, because export runs no kernel."""
+    try:
+        return output_of(model, args, kwargs)
+    except Exception as error:  # a model may raise anything
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on the example inputs ({first_line(error)}); "
+            "give inputs that it accepts"
+        ) from error
 
 
 def _copied(inputs: Any) -> Any:

@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from regraft.build import Build, Entry, Toolchain, build, copied_entry, output_of
+from regraft.build import Build, Entry, Toolchain, build, copied_entry, own_output
+from regraft.cuda_graphs import graphed
 from regraft.errors import ArtifactError, CaptureError, InputError, RegraftError
 from regraft.gate import CAPTURE, gate_of
 from regraft.guard import UnsupportedInput, describe, describe_call, flatten_call, key_of
@@ -53,6 +55,7 @@ class Options:
     experts: Placement | None = None
     spending: Spending | None = None
     unpad: Callable[..., str] | None = None
+    cuda_graphs: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -155,6 +158,8 @@ class CompiledModule(StandIn):
 
     def install(self, entry: Entry) -> None:
         """Take over an entry that was compiled elsewhere (an artifact's)."""
+        if self._options.cuda_graphs:
+            entry.recorded = graphed(entry.program, entry.executable, partial(self._event, "cuda graph"))
         self._entries.append(entry)
         self._by_strides |= entry.program.reads_layout
 
@@ -289,7 +294,7 @@ class CompiledModule(StandIn):
                 self._options.target,
                 self._options.verify,
                 self._options.toolchain,
-                lambda: _own_output(model, args, kwargs),
+                lambda: own_output(model, args, kwargs),
                 together,
             )
         except RegraftError:
@@ -300,7 +305,7 @@ class CompiledModule(StandIn):
         if made.accepted and self._options.spending is not None:
             made = self._spend(self._options.spending, made, model)
         if made.accepted and self._options.unpad is not None:
-            self._event("unpadding", self._options.unpad(made, self._options, lambda: _own_output(model, args, kwargs)))
+            self._event("unpadding", self._options.unpad(made, self._options, lambda: own_output(model, args, kwargs)))
         outputs, made.outputs = made.outputs, None  # not to be held for the report
         self._take_report(made, seconds)
         for note in notes_of(made.entry.executable):
@@ -427,17 +432,6 @@ class CompiledModule(StandIn):
             for entry in self._entries:
                 twin.install(copied_entry(entry, self._options.toolchain, self._options.target, memo))
         return twin
-
-
-def _own_output(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The model's own output; what is wrong with the inputs may show only here, because export runs no kernel."""
-    try:
-        return output_of(model, args, kwargs)
-    except Exception as error:  # a model may raise anything
-        raise CaptureError(
-            f"{type(model).__name__} itself fails on the example inputs ({first_line(error)}); "
-            "give inputs that it accepts"
-        ) from error
 
 
 def _empty_like(value: Tensor) -> Tensor:

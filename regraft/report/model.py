@@ -27,8 +27,8 @@ class ReportError(RegraftError, ValueError):
 class Event:
     """Something that happened at run time: ``kind`` is "recapture", "fallback", "relowering", "placement" for experts
     that a plan could not move, "budget" for an accuracy budget that could not be spent, "unpadding" for what was
-    decided about that, "tuning" for what was not measured on a GPU and why, or "device" for an artifact on another device than it was
-    compiled for."""
+    decided about that, "tuning" for what was not measured on a GPU and why, "device" for an artifact on another device
+    than it was compiled for, or "cuda graph" for calls that are not recorded as one."""
 
     kind: str
     reason: str
