@@ -70,7 +70,11 @@ void product(int64_t rows, int64_t columns, const float *a, int64_t a_stride, co
             case 1: tile_of_width<1>(height, left, a_stride, right, b_stride, length, to, out_stride, add, bias, later); break;
             case 2: tile_of_width<2>(height, left, a_stride, right, b_stride, length, to, out_stride, add, bias, later); break;
 #if defined(__AVX512F__) || !defined(__AVX__)
-            case 3: tile_of_width<3>(height, left, a_stride, right, b_stride, length, to, out_stride, add, bias, later); break;
+            case 3:  // rare: not worth the time that tiles of its own take to compile
+                tile_of_width<2>(height, left, a_stride, right, b_stride, length, to, out_stride, add, bias, later);
+                tile_of_width<1>(height, left, a_stride, right + 2 * LANES, b_stride, length, to + 2 * LANES, out_stride, add,
+                                 bias ? bias + 2 * LANES : bias, Later{});
+                break;
             case 4: tile_of_width<4>(height, left, a_stride, right, b_stride, length, to, out_stride, add, bias, later); break;
 #endif
             }
