@@ -18,6 +18,7 @@ from regraft.passes.fuse.merge_linears import MergeLinears
 from regraft.passes.fuse.residual_norm import FuseResidualNorm
 from regraft.passes.recognize.activation import RecognizeQuickGelu, RecognizeReluSquared, RecognizeSilu
 from regraft.passes.recognize.attention import RecognizeAttention
+from regraft.passes.recognize.attention_joined import JoinHeads
 from regraft.passes.recognize.attention_mapped import RecognizeMappedAttention
 from regraft.passes.recognize.attention_reversed import RecognizeReversedAttention
 from regraft.passes.recognize.count import CountSites
@@ -65,6 +66,7 @@ class RecognizeBlocks(RulePass):
         RecognizeSdpa(),
         RecognizeMappedAttention(),
         RecognizeReversedAttention(),
+        JoinHeads(),
         RecognizeTorchGlu(),
         RecognizeGlu(),
     )

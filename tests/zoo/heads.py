@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.parts import WIDTH, Projections, attend, causal, join
+from tests.zoo.parts import HEADS, WIDTH, Projections, attend, causal, join
 
 CLASSES, TOKENS = 48, 3
 
@@ -18,9 +18,9 @@ class _Trunk(Projections):
 class MultiToken(_Trunk):
     """GOAT-TTS (arXiv:2504.12339): a head for each of the next tokens, all on one trunk: ``[batch, TOKENS, …]``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads_of_tokens = nn.ModuleList(nn.Linear(WIDTH, CLASSES) for _ in range(TOKENS))
+    def __init__(self, width: int = WIDTH, heads: int = HEADS, classes: int = CLASSES) -> None:
+        super().__init__(width, heads)
+        self.heads_of_tokens = nn.ModuleList(nn.Linear(width, classes) for _ in range(TOKENS))
 
     def forward(self, x: Tensor) -> Tensor:
         last = self.trunk(x)
@@ -30,10 +30,10 @@ class MultiToken(_Trunk):
 class Auxiliary(_Trunk):
     """CAFT (arXiv:2506.07833): heads for later tokens help training; inference reads the first alone."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.main = nn.Linear(WIDTH, CLASSES)
-        self.auxiliary = nn.ModuleList(nn.Linear(WIDTH, CLASSES) for _ in range(TOKENS))
+    def __init__(self, width: int = WIDTH, heads: int = HEADS, classes: int = CLASSES) -> None:
+        super().__init__(width, heads)
+        self.main = nn.Linear(width, classes)
+        self.auxiliary = nn.ModuleList(nn.Linear(width, classes) for _ in range(TOKENS))
 
     def forward(self, x: Tensor) -> Tensor:
         last = self.trunk(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.parts import WIDTH, Projections, attend, causal, join
+from tests.zoo.parts import HEADS, WIDTH, Projections, attend, causal, join
 
 
 class SetBasedPrompting(Projections):
@@ -14,9 +14,9 @@ class SetBasedPrompting(Projections):
     ``member``: 0 outside of the set, else the number of the member, ``[batch, length]``; ``place``: positions.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.place = nn.Embedding(64, WIDTH)
+    def __init__(self, width: int = WIDTH, heads: int = HEADS) -> None:
+        super().__init__(width, heads)
+        self.place = nn.Embedding(4096, width)
 
     def forward(self, x: Tensor, member: Tensor, place: Tensor) -> Tensor:
         query, key, value = self.split(x + self.place(place))
@@ -45,9 +45,9 @@ class Switching(Projections):
 class Identity(nn.Module):
     """EmotionIC: one attention over utterances of the same speaker, one over those of others and oneself."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, heads: int = HEADS) -> None:
         super().__init__()
-        self.own, self.others = Projections(), Projections()
+        self.own, self.others = Projections(width, heads), Projections(width, heads)
 
     def forward(self, x: Tensor, speaker: Tensor) -> Tensor:
         same = speaker[:, None, :, None] == speaker[:, None, None, :]

@@ -7,19 +7,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.parts import HEADS, SIZE, Projections, attend, causal, join
+from tests.zoo.parts import HEADS, WIDTH, Projections, attend, causal, join
 
 
 class SigmoidAttention(Projections):
     """sum_j sigmoid(s_ij) v_j over j <= i, the mask a factor of 0 or 1; divided by the sum where ``normalised``."""
 
-    def __init__(self, normalised: bool = False) -> None:
-        super().__init__()
+    def __init__(self, normalised: bool = False, width: int = WIDTH, heads: int = HEADS) -> None:
+        super().__init__(width, heads)
         self.normalised = normalised
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.split(x)
-        weights = torch.sigmoid(query @ key.mT / math.sqrt(SIZE)) * causal(x.shape[1]).to(x.dtype)
+        weights = torch.sigmoid(query @ key.mT / math.sqrt(query.shape[-1])) * causal(x.shape[1]).to(x.dtype)
         if self.normalised:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-8)
         return self.out(join(weights @ value))
@@ -30,7 +30,7 @@ class ShiftedSigmoid(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.split(x)
-        scores = query @ key.mT / math.sqrt(SIZE) - math.log(x.shape[1])
+        scores = query @ key.mT / math.sqrt(query.shape[-1]) - math.log(x.shape[1])
         weights = torch.sigmoid(scores).masked_fill(~causal(x.shape[1]), 0.0)
         return self.out(join(weights @ value))
 
@@ -40,7 +40,7 @@ class EluAttention(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.split(x)
-        scores = nn.functional.elu(query @ key.mT / math.sqrt(SIZE)) + 1
+        scores = nn.functional.elu(query @ key.mT / math.sqrt(query.shape[-1])) + 1
         weights = scores.masked_fill(~causal(x.shape[1]), 0.0)
         return self.out(join(weights @ value))
 
@@ -50,7 +50,7 @@ class LinearAttention(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.split(x)
-        weights = (query @ key.mT / math.sqrt(SIZE)) * causal(x.shape[1])
+        weights = (query @ key.mT / math.sqrt(query.shape[-1])) * causal(x.shape[1])
         total = weights.sum(-1, keepdim=True).abs().clamp(min=1.0)
         return self.out(join(weights / total @ value))
 
@@ -58,10 +58,10 @@ class LinearAttention(Projections):
 class KeyBias(Projections):
     """A learned key in front of all others, with a value of zero or a learned one; every row sees it."""
 
-    def __init__(self, with_value: bool = False) -> None:
-        super().__init__()
-        self.bias_key = nn.Parameter(torch.randn(1, HEADS, 1, SIZE))
-        self.bias_value = nn.Parameter(torch.randn(1, HEADS, 1, SIZE)) if with_value else None
+    def __init__(self, with_value: bool = False, width: int = WIDTH, heads: int = HEADS) -> None:
+        super().__init__(width, heads)
+        self.bias_key = nn.Parameter(torch.randn(1, heads, 1, width // heads))
+        self.bias_value = nn.Parameter(torch.randn(1, heads, 1, width // heads)) if with_value else None
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.split(x)
@@ -75,13 +75,13 @@ class KeyBias(Projections):
 class LearnedSink(Projections):
     """A logit of each head that takes weight and gives nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sink = nn.Parameter(torch.randn(HEADS))
+    def __init__(self, width: int = WIDTH, heads: int = HEADS) -> None:
+        super().__init__(width, heads)
+        self.sink = nn.Parameter(torch.randn(heads))
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.split(x)
-        scores = (query @ key.mT / math.sqrt(SIZE)).masked_fill(~causal(x.shape[1]), -math.inf)
+        scores = (query @ key.mT / math.sqrt(query.shape[-1])).masked_fill(~causal(x.shape[1]), -math.inf)
         column = self.sink.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
         return self.out(join(weights @ value))
@@ -92,7 +92,7 @@ class SinkInFront(LearnedSink):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.split(x)
-        scores = (query @ key.mT / math.sqrt(SIZE)).masked_fill(~causal(x.shape[1]), -math.inf)
+        scores = (query @ key.mT / math.sqrt(query.shape[-1])).masked_fill(~causal(x.shape[1]), -math.inf)
         column = self.sink.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([column, scores], -1).softmax(-1)[..., 1:]
         return self.out(join(weights @ value))
@@ -103,7 +103,7 @@ class OneMore(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.split(x)
-        scores = (query @ key.mT / math.sqrt(SIZE)).masked_fill(~causal(x.shape[1]), -math.inf)
+        scores = (query @ key.mT / math.sqrt(query.shape[-1])).masked_fill(~causal(x.shape[1]), -math.inf)
         largest = scores.amax(-1, keepdim=True).clamp(min=0)
         raised = (scores - largest).exp()
         return self.out(join(raised / (raised.sum(-1, keepdim=True) + (-largest).exp()) @ value))
@@ -112,8 +112,8 @@ class OneMore(Projections):
 class KeysPadded(Projections):
     """A key and a value of zero in front, and a mask that is padded for them, added to the scores where ``added``."""
 
-    def __init__(self, added: bool) -> None:
-        super().__init__()
+    def __init__(self, added: bool, width: int = WIDTH, heads: int = HEADS) -> None:
+        super().__init__(width, heads)
         self.added = added
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,4 +123,4 @@ class KeysPadded(Projections):
         if not self.added:
             return self.out(join(attend(query, key, value, nn.functional.pad(seen, (1, 0), value=True))))
         mask = nn.functional.pad(torch.zeros(seen.shape).masked_fill(~seen, -math.inf), (1, 0))
-        return self.out(join((query @ key.mT / math.sqrt(SIZE) + mask).softmax(-1) @ value))
+        return self.out(join((query @ key.mT / math.sqrt(query.shape[-1]) + mask).softmax(-1) @ value))

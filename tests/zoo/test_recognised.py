@@ -53,7 +53,8 @@ CONSTANT = "~dense(0)"  # a mask that no predicate says, folded to a constant
 SYSTEMS: dict[str, System] = {
     "long-short, one mask": System(long_short.LongShortByMask, (("softmax", CONSTANT),)),
     "long-short, two calls": System(
-        long_short.LongShortByHeads, (("softmax", f"band({1 - WINDOW},0)"), ("softmax", "band(None,0)"))
+        long_short.LongShortByHeads,
+        (("softmax", f"(band({1 - WINDOW},0) & heads(0,2)) | (band(None,0) & heads(2,4))"),),
     ),
     "core context": System(
         core_context.CoreContextAttention, (("softmax", "all"), ("softmax", "all"), ("softmax", CONSTANT))

@@ -14,29 +14,29 @@ TOKENS = 48
 
 
 class ParameterAttention(nn.Module):
-    """Theta(x K^T) V of parameters ``[TOKENS, WIDTH]``; ``normed_first`` norms the scores in front of the GELU."""
+    """Theta(x K^T) V of parameters ``[tokens, width]``; ``normed_first`` norms the scores in front of the GELU."""
 
-    def __init__(self, normed_first: bool) -> None:
+    def __init__(self, normed_first: bool, width: int = WIDTH, tokens: int = TOKENS) -> None:
         super().__init__()
         self.normed_first = normed_first
-        self.keys, self.values = (nn.Parameter(torch.randn(TOKENS, WIDTH)) for _ in range(2))
+        self.keys, self.values = (nn.Parameter(torch.randn(tokens, width)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         scores = x @ self.keys.mT
         if self.normed_first:
-            weights = F.gelu(scores / scores.norm(2, -1, keepdim=True) * math.sqrt(TOKENS))
+            weights = F.gelu(scores / scores.norm(2, -1, keepdim=True) * math.sqrt(self.keys.shape[0]))
         else:
             active = F.gelu(scores)
-            weights = active / active.norm(2, -1, keepdim=True) * math.sqrt(TOKENS)
+            weights = active / active.norm(2, -1, keepdim=True) * math.sqrt(self.keys.shape[0])
         return weights @ self.values
 
 
 class TokenFormer(nn.Module):
     """Two layers of parameter attention with a residual."""
 
-    def __init__(self, normed_first: bool) -> None:
+    def __init__(self, normed_first: bool, width: int = WIDTH, tokens: int = TOKENS) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ParameterAttention(normed_first) for _ in range(2))
+        self.layers = nn.ModuleList(ParameterAttention(normed_first, width, tokens) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

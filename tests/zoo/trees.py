@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.parts import SIZE, Projections, attend, join, split
+from tests.zoo.parts import HEADS, SIZE, WIDTH, Projections, attend, join
 
 #: Parent of each node, -1 for the root: three candidates, prompt tokens behind the first two, as PPD lays them out.
 PPD = (-1, 0, 0, 0, 1, 1, 2, 4, 6)
@@ -26,12 +26,12 @@ def ancestors(parents: tuple[int, ...]) -> Tensor:
 class TreeVerification(Projections):
     """The nodes' tokens attend to a cache ``[batch, heads, before, size]`` and to their ancestors."""
 
-    def __init__(self, parents: tuple[int, ...]) -> None:
-        super().__init__()
+    def __init__(self, parents: tuple[int, ...], width: int = WIDTH, heads: int = HEADS) -> None:
+        super().__init__(width, heads)
         self.register_buffer("tree", ancestors(parents))
         depth = torch.tensor([int(row.sum()) - 1 for row in ancestors(parents)])
         self.register_buffer("depth", depth)
-        self.place = nn.Embedding(64, split(torch.zeros(1, 1, 32)).shape[-1])
+        self.place = nn.Embedding(8192, width // heads)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         query, key, value = self.split(x)
@@ -43,8 +43,8 @@ class TreeVerification(Projections):
         return self.out(join(out))
 
 
-def cache(batch: int, before: int) -> tuple[Tensor, Tensor]:
+def cache(batch: int, before: int, heads: int = HEADS, size: int = SIZE) -> tuple[Tensor, Tensor]:
     """Random cached keys and values."""
     generator = torch.Generator().manual_seed(5)
-    keys, values = (torch.randn(batch, 4, before, SIZE, generator=generator) for _ in range(2))
+    keys, values = (torch.randn(batch, heads, before, size, generator=generator) for _ in range(2))
     return keys, values

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tests.zoo.parts import WIDTH, Projections, attend, join
+from tests.zoo.parts import HEADS, WIDTH, Projections, attend, join
 
 
 class LocalBlock(nn.Module):
     """x + conv(depthwise(conv(norm(x)))), with no activation between."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(WIDTH)
-        self.first = nn.Conv2d(WIDTH, WIDTH, 1)
-        self.depthwise = nn.Conv2d(WIDTH, WIDTH, 5, padding=2, groups=WIDTH)
-        self.last = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.norm = nn.BatchNorm2d(width)
+        self.first = nn.Conv2d(width, width, 1)
+        self.depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.last = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.last(self.depthwise(self.first(self.norm(x))))
@@ -24,11 +24,11 @@ class LocalBlock(nn.Module):
 class GlobalBlock(nn.Module):
     """A depthwise convolution says places, then attention over all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.places = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.attention = Projections()
+        self.places = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.attention = Projections(width, heads)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.places(x)
@@ -38,7 +38,7 @@ class GlobalBlock(nn.Module):
 
 
 class Uniformer(nn.Sequential):
-    """One block of each kind, ``[batch, WIDTH, height, width]``."""
+    """One block of each kind, ``[batch, width, rows, columns]``."""
 
-    def __init__(self) -> None:
-        super().__init__(LocalBlock(), GlobalBlock())
+    def __init__(self, width: int = WIDTH, heads: int = HEADS) -> None:
+        super().__init__(LocalBlock(width), GlobalBlock(width, heads))
