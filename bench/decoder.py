@@ -37,6 +37,35 @@ class PlainDecoder(nn.Module):
         return both.cos(), both.sin()
 
 
+class DecodeStep(nn.Module):
+    """The next token of a decoder, ``[batch, 1]``, behind caches ``[layers, batch, kv_heads, before, size]``; returns
+    its logits ``[batch, 1, vocabulary]``."""
+
+    def __init__(self, model: PlainDecoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Logits of the token."""
+        x = self.model.embedding(tokens)
+        cos, sin = (table[-1:].to(x.dtype) for table in self.model._tables(keys.shape[3] + 1, tokens.device))
+        for number, block in enumerate(self.model.blocks):
+            x = block.step(x, cos, sin, keys[number], values[number])
+        return self.model.head(self.model.norm(x))  # type: ignore[no-any-return]
+
+
+def caches(model: PlainDecoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step behind ``tokens`` reads: rotated keys, and values, of all layers."""
+    x = model.embedding(tokens)
+    cos, sin = (table.to(x.dtype) for table in model._tables(tokens.shape[1], tokens.device))
+    held = []
+    for block in model.blocks:
+        held.append(block.held(x, cos, sin))
+        x = block(x, cos, sin)
+    keys, values = (torch.stack(parts) for parts in zip(*held, strict=True))
+    return keys, values
+
+
 class _RmsNorm(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -60,9 +89,24 @@ class _Block(nn.Module):
         self.down = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self._attend(self.before_attention(x), cos, sin)
+        return self._rest(x + self._attend(self.before_attention(x), cos, sin))
+
+    def _rest(self, x: Tensor) -> Tensor:
         y = self.before_gate(x)
         return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))  # type: ignore[no-any-return]
+
+    def held(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, kv_heads, length, size]`` of what enters the block."""
+        x = self.before_attention(x)
+        return _rotated(self._split(self.key(x)), cos, sin), self._split(self.value(x))
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One token behind cached keys and values."""
+        key, value = self.held(x, cos, sin)
+        query = _rotated(self._split(self.query(self.before_attention(x))), cos, sin)
+        every = (torch.cat(pair, 2).repeat_interleave(self.groups, 1) for pair in ((keys, key), (values, value)))
+        mixed = nn.functional.scaled_dot_product_attention(query, *every)
+        return self._rest(x + self.out(mixed.transpose(1, 2).flatten(2)))
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         query = _rotated(self._split(self.query(x)), cos, sin)
