@@ -25,6 +25,7 @@ from regraft.passes.recognize.count import CountSites
 from regraft.passes.recognize.gelu import RecognizeGelu, RecognizeGeluTanh
 from regraft.passes.recognize.glu import RecognizeGlu, RecognizeTorchGlu
 from regraft.passes.recognize.layer_norm import RecognizeLayerNorm
+from regraft.passes.recognize.linear_scan import RecognizeLinearScan
 from regraft.passes.recognize.moe import RecognizeMoe
 from regraft.passes.recognize.moe_left import DropCountChecks, ReportLeftExperts
 from regraft.passes.recognize.moe_loop import RecognizeMoeLoop
@@ -69,6 +70,7 @@ class RecognizeBlocks(RulePass):
         JoinHeads(),
         RecognizeTorchGlu(),
         RecognizeGlu(),
+        RecognizeLinearScan(),
     )
 
 

@@ -34,7 +34,7 @@ from regraft.codegen.cpu.rowwise import (
     lower_rope,
     lower_row_norm,
 )
-from regraft.codegen.cpu.tokens import lower_log, lower_merge, lower_plan, lower_unmerge
+from regraft.codegen.cpu.tokens import lower_log, lower_merge, lower_plan, lower_scan, lower_unmerge
 from regraft.codegen.cpu.tuning import Tuner
 from regraft.ir import ops
 from regraft.ir.nodes import arguments, dtype
@@ -55,13 +55,14 @@ LOWERINGS: dict[Any, Lowering] = {
     ops.plan_merge: lower_plan,
     ops.merge_tokens: lower_merge,
     ops.unmerge_tokens: lower_unmerge,
+    ops.linear_scan: lower_scan,
     aten.log.default: lower_log,
     ops.moe: lambda context, node: _lower_moe(context, node),
     **dict.fromkeys((*UNARY, *BINARY), lower_elementwise),
 }
 
 #: Kernels that only some models need: built while what comes before them in the graph is lowered.
-_BUILT_FOR = {ops.moe: EXPERTS, ops.merge_tokens: TOKENS}
+_BUILT_FOR = {ops.moe: EXPERTS, ops.merge_tokens: TOKENS, ops.linear_scan: TOKENS}
 
 
 def lower(program: Program, tuner: Tuner | None = None) -> Executable:

@@ -1,4 +1,4 @@
-"""Lowering the reduction of tokens: native plans, merges and rows put back; the rest runs the definition."""
+"""Lowering operators over tokens: native plans, merges, rows put back and recurrences; the rest runs the definition."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from torch import fx
 
 from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.native.kernels import TOKENS
-from regraft.codegen.cpu.native_operators import log_native, merge_native, plan_native, unmerge_native
+from regraft.codegen.cpu.native_operators import (
+    log_native,
+    merge_native,
+    plan_native,
+    scan_native,
+    unmerge_native,
+)
 from regraft.ir import ops
-from regraft.ir.nodes import arguments, dtype, is_call, rank
+from regraft.ir.nodes import arguments, dtype, is_call, rank, shape, size_equal
 
 aten = torch.ops.aten
 
@@ -58,6 +64,15 @@ def lower_unmerge(context: Context, node: fx.Node) -> Lowered | None:
     if not _native_can(given["x"]):
         return None
     return Lowered(full=context.call(unmerge_native, context.value(given["x"]), context.value(given["slots"])))
+
+
+def lower_scan(context: Context, node: fx.Node) -> Lowered | None:
+    """A recurrence natively."""
+    operands = [arguments(node)[name] for name in ("decay", "added", "start")]
+    fits = size_equal(shape(operands[1])[2], shape(operands[2])[1])
+    if not fits or not all(map(_native_can, operands)):
+        return None
+    return Lowered(full=context.call(scan_native, *map(context.value, operands)))
 
 
 _MERGED = ("x", "sizes", "kept", "sources", "slots")

@@ -10,6 +10,7 @@ from regraft.ir.ops.attention_part import attention_merge, attention_part
 from regraft.ir.ops.gather import gather
 from regraft.ir.ops.glu import glu
 from regraft.ir.ops.linear import linear
+from regraft.ir.ops.linear_scan import linear_scan
 from regraft.ir.ops.merge_tokens import merge_tokens
 from regraft.ir.ops.moe import moe
 from regraft.ir.ops.moe_combine import moe_combine
@@ -39,6 +40,7 @@ __all__ = [
     "gather",
     "glu",
     "linear",
+    "linear_scan",
     "merge_tokens",
     "moe",
     "moe_combine",

@@ -1,10 +1,11 @@
-// Fewer tokens: which go and where each goes (bipartite soft matching, Bolya et al. 2023), merging by size, rows put back.
+// Fewer tokens: which go and where each goes (bipartite soft matching, Bolya et al. 2023), merging by size, rows put back;
+// and linear recurrences over tokens.
 //
 // Similarities are made a block of rows by a panel of columns at a time, and only the best of each row is kept: no
 // matrix of all pairs is ever in memory.
 #include "product.h"
 
-constexpr int64_t ROW_BLOCK = 48, OUT_BLOCK = 16;
+constexpr int64_t ROW_BLOCK = 48, OUT_BLOCK = 16, SCAN_BLOCK = 256;
 constexpr int64_t WORTH_THREADS = 1 << 15;  // numbers
 constexpr float NEVER = -INFINITY, PADDED = -1e30f, ODD = -2e30f, LAST = 2 * ODD;  // as of regraft::plan_merge
 
@@ -245,4 +246,41 @@ extern "C" void regraft_unmerge_tokens(const Unmerge *given) {
     }
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < s.batch * s.tokens; i++) work(i);
+}
+
+struct Scan {
+    const float *decay, *added, *start;  // [batch, steps, width or 1], [batch, steps, width], [batch, width]
+    float *out;                          // [batch, steps + 1, width]
+    int64_t batch, steps, width, decay_strides[3], added_strides[2], start_stride;
+};
+
+// h_t = decay_t h_(t-1) + added_t: some columns of one sample through all of time.
+static void scan_columns(const Scan &s, int64_t b, int64_t first, int64_t last) {
+    float *out = s.out + b * (s.steps + 1) * s.width;
+    for (int64_t d = first; d < last; d++) out[d] = s.start[b * s.start_stride + d];
+    for (int64_t t = 0; t < s.steps; t++) {
+        const float *decay = s.decay + b * s.decay_strides[0] + t * s.decay_strides[1];
+        const float *added = s.added + b * s.added_strides[0] + t * s.added_strides[1];
+        const float *before = out + t * s.width;
+        float *now = out + (t + 1) * s.width;
+        if (s.decay_strides[2] == 0)
+            for (int64_t d = first; d < last; d++) now[d] = decay[0] * before[d] + added[d];
+        else
+            for (int64_t d = first; d < last; d++) now[d] = decay[d] * before[d] + added[d];
+    }
+}
+
+extern "C" void regraft_linear_scan(const Scan *given) {
+    const Scan &s = *given;
+    int64_t blocks = ceil_div(s.width, SCAN_BLOCK), tasks = s.batch * blocks;
+    auto work = [&](int64_t i) {
+        int64_t first = i % blocks * SCAN_BLOCK;
+        scan_columns(s, i / blocks, first, smaller(first + SCAN_BLOCK, s.width));
+    };
+    if (s.batch * s.steps * s.width <= WORTH_THREADS) {
+        for (int64_t i = 0; i < tasks; i++) work(i);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < tasks; i++) work(i);
 }

@@ -1,4 +1,4 @@
-"""Launchers of ``tokens.cpp``: plans, merges and rows put back, of fp32 tensors whose last stride is one."""
+"""Launchers of ``tokens.cpp``: plans, merges, rows put back and recurrences, of fp32, last strides one."""
 
 from __future__ import annotations
 
@@ -42,6 +42,18 @@ class _Unmerge(ctypes.Structure):
     )
 
 
+class _Scan(ctypes.Structure):
+    """``Scan`` in ``tokens.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("decay", "added", "start", "out")),
+        *((name, LONG) for name in ("batch", "steps", "width")),
+        ("decay_strides", LONG * 3),
+        ("added_strides", LONG * 2),
+        ("start_stride", LONG),
+    )
+
+
 class _Log(ctypes.Structure):
     """``Log`` in ``tokens.cpp``, field by field."""
 
@@ -52,7 +64,13 @@ def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the functions take and return."""
     library.regraft_plan_workspace.argtypes = [LONG] * 5
     library.regraft_plan_workspace.restype = LONG
-    for name in ("regraft_plan_merge", "regraft_merge_tokens", "regraft_unmerge_tokens", "regraft_log"):
+    for name in (
+        "regraft_plan_merge",
+        "regraft_merge_tokens",
+        "regraft_unmerge_tokens",
+        "regraft_log",
+        "regraft_linear_scan",
+    ):
         getattr(library, name).restype = None
 
 
@@ -111,3 +129,13 @@ def unmerge(library: ctypes.CDLL, x: Tensor, slots: Tensor) -> NativeCall:
     out = x.new_empty((batch, tokens, x.shape[2]))
     values = batch, tokens, x.shape[2], x.stride()[:2]
     return NativeCall("regraft_unmerge_tokens", _Unmerge, (x, slots.contiguous(), out), values, out, (out,))
+
+
+def scan(library: ctypes.CDLL, decay: Tensor, added: Tensor, start: Tensor) -> NativeCall:
+    """``regraft::linear_scan``."""
+    batch, steps, width = added.shape
+    decay, added, start = rows_of(decay), rows_of(added), rows_of(start)
+    out = start.new_empty((batch, steps + 1, width))
+    each = 0 if decay.shape[2] == 1 else 1
+    values = batch, steps, width, (*decay.stride()[:2], each), added.stride()[:2], start.stride(0)
+    return NativeCall("regraft_linear_scan", _Scan, (decay, added, start, out), values, out, (out,))

@@ -131,6 +131,7 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         (numbers(2, 4, 5, 8), numbers(2, 2, 5, 8), torch.ones(2, 5), numbers(2, 2, 5, 6)),
         {"scale": 0.5, "kind": "flow"},
     ),
+    "linear_scan": (ops.linear_scan, (numbers(2, 3, 1), numbers(2, 3, 4), numbers(2, 4)), {}),
     "linear with everything": (
         ops.linear,
         (numbers(2, 3, 4), numbers(5, 4), numbers(5), numbers(2, 3, 5), numbers(2, 3, 5), "gelu"),

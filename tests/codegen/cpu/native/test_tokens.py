@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regraft.codegen.cpu.native_operators import log_native, merge_native, plan_native, unmerge_native
+from regraft.codegen.cpu.native_operators import log_native, merge_native, plan_native, scan_native, unmerge_native
+from regraft.ir.ops.linear_scan import reference as scan_reference
 from regraft.ir.ops.merge_tokens import reference as merge_reference
 from regraft.ir.ops.plan_merge import most_removable
 from regraft.ir.ops.plan_merge import reference as plan_reference
@@ -50,6 +51,17 @@ def test_plans_and_merges_are_those_of_the_definition(case: Case) -> None:
         assert torch.equal(total, counted)
     assert torch.equal(unmerge_native(merged, plan[2]), unmerge_reference(merged, plan[2]))
     torch.testing.assert_close(log_native(total), total.log(), rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 600), st.booleans())
+def test_a_recurrence_is_that_of_the_definition(batch: int, steps: int, width: int, shared: bool) -> None:
+    generator = torch.Generator().manual_seed(steps)
+    decay = torch.rand(steps, batch, 1 if shared else width, generator=generator).transpose(0, 1)
+    added = torch.randn(batch, steps + 1, width, generator=generator)[:, 1:]
+    start = torch.randn(batch, 2, width, generator=generator)[:, 0]
+    wanted = scan_reference(decay.double(), added.double(), start.double())
+    torch.testing.assert_close(scan_native(decay, added, start).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_equal_tokens_are_matched_by_index() -> None:

@@ -1,0 +1,50 @@
+"""Systems that reduce tokens themselves are equal to their formula, and what can be faster is recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regraft.ir import ops
+from tests.codegen.cpu.support import needs_native
+from tests.zoo import catanet, hnet, masked_generation, pruning, super_tokens
+from tests.zoo.compiled import compiled, draw, seeded
+
+aten = torch.ops.aten
+X = draw(2, 24, 32)
+SYSTEMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]], list[str]]] = {
+    "super tokens": (super_tokens.SuperTokens, lambda: (draw(2, 32, 8, 8),), ["softmax"]),
+    "content-aware groups": (catanet.Grouping, lambda: (X,), ["softmax", "softmax"]),
+    "dynamic chunks": (hnet.HNet, lambda: (X,), ["softmax"]),
+    "a predictor's choice": (pruning.DynamicViT, lambda: (X,), ["softmax", "softmax"]),
+    "leaves dropped": (pruning.LeafPruning, lambda: (X,), ["mapped", "mapped"]),
+    "coarse to fine": (
+        lambda: masked_generation.CoarseToFine(6),
+        lambda: (X, torch.rand(2, 24, generator=torch.Generator().manual_seed(5)) < 0.5),
+        ["softmax", "softmax"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_it_equals_its_formula_and_its_attention_is_recognised(name: str) -> None:
+    make, inputs, kinds = SYSTEMS[name]
+    result = compiled(seeded(make), *inputs())
+    assert [kind for kind, _ in result.attentions()] == kinds
+
+
+@needs_native
+def test_smoothing_between_chunks_is_one_native_recurrence() -> None:
+    result = compiled(seeded(hnet.HNet), X)
+    assert result.count(ops.linear_scan) == 1
+    assert "scan_native" in result.lowered()
+    assert not result.count(aten.stack.default)
+
+
+def test_keys_of_constant_centres_are_made_once() -> None:
+    result = compiled(seeded(catanet.Grouping), X)
+    products = [node for node in result.program.graph.nodes if node.target in (aten.linear.default, ops.linear)]
+    assert products and not any(map(result.program.is_made_of_weights, products))
