@@ -1,10 +1,11 @@
 """Token reduction: which programs, how faithful, how fast.
 
-    python -m bench.tokens [--part legality quality speed] [--models …] [--json PATH]
+    python -m bench.tokens [--part legality quality recognised speed] [--models …] [--json PATH]
 
 "legality": families of encoders, reduced and checked by an oracle, or refused with the reason. "quality": every method
-beside its random baseline on trained models, at the same number of tokens. "speed": reduced and unpadded encoders on
-the CPU beside the exact one, ``torch.compile`` and eager, in turn. Each part has its own entry in the record.
+beside its random baseline on trained models, at the same number of products. "recognised": systems that reduce tokens
+themselves, exact, beside eager and ``torch.compile``. "speed": reduced and unpadded encoders on the CPU beside exact
+ones, ``torch.compile`` and eager, in turn. Each part has its own entry in the record.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.table import Table
 
 from bench.timing import RESULTS, device, versions, write_record
 
-PARTS = ("legality", "quality", "speed")
+PARTS = ("legality", "quality", "recognised", "speed")
 
 
 def legality(console: Console, options: argparse.Namespace) -> dict[str, Any]:
@@ -54,16 +55,29 @@ def quality(console: Console, options: argparse.Namespace) -> dict[str, Any]:
             rows += measure(model)
     for model, removed in dict.fromkeys((row["model"], row["removed"]) for row in rows):
         part = [row for row in rows if (row["model"], row["removed"]) == (model, removed)]
-        table = Table(title=f"{model}, {removed} tokens go behind each layer: mean ± deviation")
-        for heading in ("method", *part[0]["figures"], "beats its random baseline"):
+        table = Table(title=f"{model}, as many products as where ToMe takes {removed} a layer: mean ± deviation")
+        for heading in ("method", "tokens that go", *part[0]["figures"], "beats its random baseline"):
             table.add_column(heading, justify="right")
         for row in part:
             cells = [f"{value['mean']:.4f} ± {value['deviation']:.4f}" for value in row["figures"].values()]
-            table.add_row(row["method"], *cells, "yes" if row["beats_random"] else "no")
+            went = f"{sum(row['schedule'])}{'' if row['matched'] else ' (not as far)'}"
+            table.add_row(row["method"], went, *cells, "yes" if row["beats_random"] else "no")
         console.print(table)
     found = recommended(rows)
     console.print(f"better than random wherever measured: {', '.join(found) or 'none'}")
     return {"rows": rows, "right": True}
+
+
+def recognised(console: Console, options: argparse.Namespace) -> dict[str, Any]:
+    """Time every system and print the table."""
+    from bench.tokens_recognised import ROWS, measure, show
+
+    rows = []
+    for name in options.models or ROWS:
+        with console.status(f"measuring {name}"):
+            rows.append(measure(name, options.rounds))
+    show(rows, console)
+    return {"rows": rows, "right": all(row["right"] for row in rows)}
 
 
 def speed(console: Console, options: argparse.Namespace) -> dict[str, Any]:
@@ -79,10 +93,11 @@ def speed(console: Console, options: argparse.Namespace) -> dict[str, Any]:
 
 
 #: Part -> what names its rows.
-KEYS = {"legality": "family", "quality": "model", "speed": "row"}
+KEYS = {"legality": "family", "quality": "model", "recognised": "row", "speed": "row"}
 RUNS: dict[str, Callable[[Console, argparse.Namespace], dict[str, Any]]] = {
     "legality": legality,
     "quality": quality,
+    "recognised": recognised,
     "speed": speed,
 }
 

@@ -1,7 +1,10 @@
-"""Fidelity of every method to the unreduced model, beside its random baseline, at the same number of tokens.
+"""Fidelity of every method to the unreduced model, beside its random baseline, at the same number of products.
 
 Two trained models: the digits transformer (three trainings) and MiniLM on prose (three sets of passages). A random
 baseline is drawn anew for each. What is compared is the model with itself, not with labels.
+
+Products count what a method itself costs: each removes as many tokens as it takes to leave as many products as ToMe
+leaves, within one in a hundred. Where a bracket cannot come as far, its row says so.
 """
 
 from __future__ import annotations
@@ -21,30 +24,35 @@ from bench.topics import passages
 from regraft.ir.capture import capture
 from regraft.ir.cost import node_cost
 from regraft.ir.driver import Session
+from regraft.ir.nodes import shape
 from regraft.ir.program import Program
 from regraft.passes.base import Pass
 from regraft.passes.pipeline import recognising
 from regraft.passes.tokens.bracket import BracketAttention
 from regraft.passes.tokens.methods import METHODS
 from regraft.passes.tokens.reduce import ReduceTokens
+from regraft.passes.tokens.sites import attentions
 
 _LENGTH, _WORDS, _DOCUMENTS, _NEIGHBOURS = 128, 100, 40, 10
 _LAST_ROW = "prune-last"  # scores by the last token, which means nothing in an encoder
 
-Make = Callable[[int, int], Pass]
+_CLOSE = 0.01  # of the products that are to be left
+
+Schedule = tuple[int, ...]
+Make = Callable[[Schedule, int], Pass]
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method as a pass made from a removal per layer and a seed, and the baseline that it must beat."""
+    """A method as a pass made from a schedule and a seed, and the baseline that it must beat."""
 
     make: Make
     baseline: str
 
 
 def _reduction(name: str) -> Make:
-    return lambda remove, seed: ReduceTokens(remove, name, seed=seed)
+    return lambda schedule, seed: ReduceTokens(schedule, name, seed=seed)
 
 
 def _baseline(name: str) -> str:
@@ -54,8 +62,8 @@ def _baseline(name: str) -> str:
 
 VARIANTS: dict[str, Variant] = {
     **{name: Variant(_reduction(name), _baseline(name)) for name in METHODS if name != _LAST_ROW},
-    "bracket": Variant(lambda remove, seed: BracketAttention(remove), "bracket-random"),
-    "bracket-random": Variant(lambda remove, seed: BracketAttention(remove, "random", seed), "bracket-random"),
+    "bracket": Variant(lambda schedule, seed: BracketAttention(schedule), "bracket-random"),
+    "bracket-random": Variant(lambda schedule, seed: BracketAttention(schedule, "random", seed), "bracket-random"),
 }
 
 
@@ -145,26 +153,60 @@ def macs(program: Program) -> float:
     return sum(node_cost(node).flops for node in program.graph.nodes if node.op == "call_function") / 2
 
 
-def run(setting: Setting, variant: Variant, remove: int) -> Figures:
+def reduced(setting: Setting, variant: Variant, schedule: Schedule) -> Program:
+    """The setting's program with fewer tokens; what a schedule asks for beyond what can go is left."""
+    program = setting.program.copy()
+    if not variant.make(schedule, setting.seed).run(program, Session(verify="off")):
+        raise RuntimeError(f"nothing is reduced by {schedule}")
+    return program
+
+
+def even(total: int, layers: int) -> Schedule:
+    """``total`` tokens over the layers, the first ones taking what is left over."""
+    return tuple(total // layers + (layer < total % layers) for layer in range(layers))
+
+
+def matched(setting: Setting, variant: Variant, target: float) -> Schedule:
+    """The even schedule whose products come closest to ``target``; they fall as more tokens go."""
+    sites = attentions(setting.program)
+    layers, tokens = len(sites), int(shape(sites[0])[2])
+
+    def left(total: int) -> float:
+        return macs(reduced(setting, variant, even(total, layers)))
+
+    fewest, most = 1, layers * (tokens // 2)
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        fewest, most = (middle, most) if left(middle) > target else (fewest, middle)
+    return even(min((fewest, most), key=lambda total: abs(left(total) - target)), layers)
+
+
+def run(setting: Setting, variant: Variant, schedule: Schedule) -> Figures:
     """Figures of one method on one setting, with the share of the full model's products that is left."""
-    program, session = setting.program.copy(), Session(verify="off")
-    fired = variant.make(remove, setting.seed).run(program, session)
-    if not fired or session.log.refusals:
-        raise RuntimeError(f"not reduced as asked: {session.log.refusals}")
-    reduced = program.callable()(*program.example)[0]
-    return {**setting.compare(setting.full, reduced), "macs": macs(program) / macs(setting.program)}
+    program = reduced(setting, variant, schedule)
+    found = program.callable()(*program.example)[0]
+    return {**setting.compare(setting.full, found), "macs": macs(program) / macs(setting.program)}
 
 
 def measure(model: str) -> list[dict[str, Any]]:
-    """A row for each method and removal: mean and spread of its figures over the settings."""
+    """A row for each method and removal by ToMe: mean and spread of its figures over the settings."""
     make, removals, decisive = MODELS[model]
     settings = list(make())
+    first = settings[0]
     rows: list[dict[str, Any]] = []
     for remove in removals:
-        found = {name: [run(setting, variant, remove) for setting in settings] for name, variant in VARIANTS.items()}
+        layers = len(attentions(first.program))
+        target = macs(reduced(first, VARIANTS["tome"], (remove,) * layers))
+        schedules = {name: matched(first, variant, target) for name, variant in VARIANTS.items()}
+        found = {
+            name: [run(setting, variant, schedules[name]) for setting in settings] for name, variant in VARIANTS.items()
+        }
         for name, variant in VARIANTS.items():
             row = {"model": model, "removed": remove, "method": name, "baseline": variant.baseline}
+            row["schedule"] = schedules[name]
             row["figures"] = {key: summary([run[key] for run in found[name]]) for key in found[name][0]}
+            share = target / macs(first.program)
+            row["matched"] = abs(row["figures"]["macs"]["mean"] - share) <= _CLOSE * share
             row["beats_random"] = beats(found[name], found[variant.baseline], decisive)
             row["beats_grid"] = beats(found[name], found["grid"], decisive)
             rows.append(row)

@@ -165,6 +165,12 @@ DROPPING = frozenset(("drop", "diverse", "distinct"))
 ORDERED = frozenset(("bipartite", "energy")) | DROPPING
 
 
+def compared(matching: str, tokens: int) -> float:
+    """How many pairs of ``tokens`` a matching takes the cosine of: half with half, pivots with all, or all with all."""
+    pairs = {"bipartite": tokens / 4, "distinct": _PIVOTS, "energy": tokens, "diverse": tokens}
+    return pairs.get(matching, 0.0) * tokens
+
+
 def _low_scores(given: Candidates) -> Tensor:
     assert given.scores is not None
     return (-given.scores).masked_fill(~given.free, NEVER).masked_fill(given.padded, _FIRST)

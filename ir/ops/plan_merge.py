@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.matchings import MATCHINGS, NEVER, ORDERED, PAIRED, SCORED, Candidates
+from regraft.ir.ops.matchings import MATCHINGS, NEVER, ORDERED, PAIRED, SCORED, Candidates, compared
 from regraft.ir.ops.registry import Cost, register, traffic
 
 #: Ranks of what is dropped for want of others: below every cosine and every negated score, and above ``NEVER``.
@@ -146,9 +146,10 @@ def _fake(
 
 
 def cost(node: fx.Node) -> Cost:
-    """One product of the metric with itself; matchings that need none are counted alike."""
-    batch, tokens, width = (concrete(size) for size in arguments(node)["metric"].meta["val"].shape)
-    return Cost(2.0 * batch * tokens * tokens * width, traffic(node))
+    """The products of tokens with tokens that the matching compares."""
+    given = arguments(node)
+    batch, tokens, width = (concrete(size) for size in given["metric"].meta["val"].shape)
+    return Cost(2.0 * batch * compared(given["matching"], tokens) * width, traffic(node))
 
 
 plan_merge = register("plan_merge", _plan_merge, reference, cost)

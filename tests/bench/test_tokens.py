@@ -7,12 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from bench.digits.model import SEEDS, Split, data, trained, weights_of
 from bench.digits.train import accuracy, shifted
 from bench.tokens import merged
 from bench.tokens_legality import ROWS, check
-from bench.tokens_quality import VARIANTS, beats, compare_embeddings, compare_logits, recommended
+from bench.tokens_quality import (
+    VARIANTS,
+    Setting,
+    beats,
+    compare_embeddings,
+    compare_logits,
+    even,
+    macs,
+    matched,
+    recommended,
+    reduced,
+)
 from bench.topics import batch_of_paragraphs, passages
 
 
@@ -61,6 +73,30 @@ def test_a_method_is_recommended_where_it_wins_everywhere() -> None:
         {"method": "merge-random", "beats_random": True},
     ]
     assert recommended(rows) == ["tome"]
+
+
+def test_methods_are_compared_at_as_many_products() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    model = Pooled(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False))
+    setting = Setting.of(model, torch.randn(2, 33, 16), compare_logits, 0)
+    target = macs(reduced(setting, VARIANTS["tome"], (6, 6, 6)))
+    for name in ("pitome", "divprune", "grid", "prune-random"):
+        schedule = matched(setting, VARIANTS[name], target)
+        assert abs(macs(reduced(setting, VARIANTS[name], schedule)) / target - 1) <= 0.01
+    assert sum(matched(setting, VARIANTS["divprune"], target)) > sum(matched(setting, VARIANTS["grid"], target))
+    assert even(8, 3) == (3, 3, 2)
+
+
+class Pooled(nn.Module):
+    """An encoder and the mean of its tokens."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x).mean(1)  # type: ignore[no-any-return]
 
 
 def test_rows_that_were_not_measured_again_stay_in_the_record(tmp_path: Path) -> None:
