@@ -38,9 +38,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench.tokens
 
 # On a machine with a GPU and PyTorch, where nothing can be installed: the system's Python, as it is. PART=attention runs
-# one part, OUT=folder names where records go; a run that was cut off goes on where it stopped.
+# one part, OUT=folder names where records go, MINUTES=25 gives more than eight; a run that was cut off goes on where it
+# stopped.
 gpu:
-	$(PYTHON) -m bench.gpu --out $(or $(OUT),bench/results) $(if $(PART),--part $(PART))
+	$(PYTHON) -m bench.gpu --out $(or $(OUT),bench/results) $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
