@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +21,31 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 Writes = Callable[..., list[fx.Node]]
 
 
+@dataclass(frozen=True)
+class RegionSample:
+    """A region of the catalogue: the calls that ``writes`` writes into an empty graph for inputs of ``sizes``."""
+
+    kind: torch.dtype
+    writes: Writes
+    sizes: tuple[tuple[int, ...], ...]
+
+    def emit(self) -> Kernel:
+        """Its kernel."""
+        return emit_region(*written(self.kind, self.writes, self.sizes)).kernel
+
+    def read(self) -> list[int]:
+        """Which of the inputs the kernel takes, in its order."""
+        return [int(node.name[1:]) for node in emit_region(*written(self.kind, self.writes, self.sizes)).inputs]
+
+
 def rowwise_samples() -> dict[str, Callable[[], Kernel]]:
     """Emitters by name."""
-    found: dict[str, Callable[[], Kernel]] = {}
+    return {name: sample.emit for name, sample in all_regions().items()}
+
+
+def all_regions() -> dict[str, RegionSample]:
+    """The samples by name. All dims but the last are rows, of which a kernel takes any number."""
+    found: dict[str, RegionSample] = {}
     for kind in (_BF16, _FP16, _FP32):
         for width in (768, 4096, 8192) if kind == _BF16 else (4096,):
             rows, weight = (8, 512, width), (width,)
@@ -47,12 +69,8 @@ def rowwise_samples() -> dict[str, Callable[[], Kernel]]:
     return found
 
 
-def _sample(kind: torch.dtype, writes: Writes, *sizes: tuple[int, ...]) -> Callable[[], Kernel]:
-    return partial(_emit, kind, writes, sizes)
-
-
-def _emit(kind: torch.dtype, writes: Writes, sizes: tuple[tuple[int, ...], ...]) -> Kernel:
-    return emit_region(*written(kind, writes, sizes)).kernel
+def _sample(kind: torch.dtype, writes: Writes, *sizes: tuple[int, ...]) -> RegionSample:
+    return RegionSample(kind, writes, sizes)
 
 
 def written(
