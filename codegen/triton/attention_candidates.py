@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from regraft.codegen.cpu.attention_sdpa import attend_sdpa, lower_reference, lower_sdpa, sdpa_can
+from regraft.codegen.cpu.attention_sdpa import attend_sdpa, has_flag, lower_reference, lower_sdpa, sdpa_can
 from regraft.codegen.cpu.context import Context
 from regraft.codegen.triton.archs import line_for
 from regraft.codegen.triton.attention_configs import Config, neighbours
@@ -58,9 +58,18 @@ def candidates(site: Site, arch: str) -> list[Candidate]:
             found.append(Candidate("kernel", lower_kernel(made), config))
     if sdpa_runs(site):
         found += [Candidate(name, lower_by(site, name, alone=True)) for name in BACKENDS]
-    if runs(site, "flex"):
+    if flex_left_out(site) is None:
         found.append(Candidate("flex", lower_by(site, "flex")))
     return found
+
+
+def flex_left_out(site: Site) -> str | None:
+    """Why FlexAttention is not tried at a site: it cannot run it, or is not worth its compilation; None where it is."""
+    if site.spec is None or site.node.target is not ops.attention:
+        return site.reason or "it has no weights other than a softmax"
+    if sdpa_runs(site) and has_flag(site.given):
+        return "PyTorch's attention takes this mask as a flag"
+    return flex_refuses(site.spec, site.given)
 
 
 def runs(site: Site, choice: str) -> bool:

@@ -17,6 +17,7 @@ from regraft.codegen.triton.attention_site import Site
 from regraft.codegen.triton.attention_trial import measured
 from regraft.codegen.triton.tuning_records import SiteKey, TuningRecord, from_lines, to_lines
 from regraft.codegen.triton.workbench import Workbench, found_workbench
+from regraft.ir.capture_error import first_line
 from regraft.ir.program import Program
 
 
@@ -37,6 +38,7 @@ class KernelTuner:
         self.bench = bench
         archs = {arch for _, arch in self.records}
         self.arch = bench.arch if bench is not None else arch or (archs.pop() if len(archs) == 1 else None)
+        self._failure = ""
 
     @staticmethod
     def of(program: Program, target: str, lines: bytes = b"", measures: bool = True) -> KernelTuner:
@@ -51,7 +53,10 @@ class KernelTuner:
         key = site.key
         known = self.records.get((key, self.arch or ""))
         if known is None and self.bench is not None:
-            known = self.records[key, self.bench.arch] = measured(site, program, self.bench)
+            try:
+                known = self.records[key, self.bench.arch] = measured(site, program, self.bench)
+            except RuntimeError as error:  # the device's memory does not hold the sample, say
+                self._failure = first_line(error)
         return known if known is not None and runs(site, known.choice) else None
 
     def tiles(self, key: SiteKey) -> dict[str, Config]:
@@ -69,8 +74,10 @@ class KernelTuner:
                 f"tuning records are for {', '.join(others)}, and the architecture is {where}: they are not used, and "
                 f"{undecided} attentions run what is chosen by default",
             )
-        where = "no GPU of the target is at hand" if self.bench is None else "nothing could be measured"
-        return (f"{where}: {undecided} attentions run what is chosen by default, nothing was measured",)
+        why = "no GPU of the target is at hand"
+        if self.bench is not None:
+            why = f"measuring on {self.bench.name} failed ({self._failure or 'a record does not fit its site'})"
+        return (f"{why}: {undecided} attentions run what is chosen by default, and were not measured",)
 
     def to_lines(self) -> bytes:
         """All records, as an artifact holds them."""
