@@ -12,6 +12,7 @@ from torch import nn
 
 from regraft.build import Build, Toolchain, build
 from regraft.calibration import Call, split
+from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
 from regraft.ir.program import Program
 from regraft.passes.base import Pass
@@ -67,9 +68,14 @@ def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, veri
     recognised = exact.before.copy()
     recognising().run(recognised, Session(verify="off"))
     rehearsal = Rehearsal(recognised, finishing(target), exact.entry, model, calibration, budget)
-    candidates = [candidate for candidate in _offered(recognised, target) if budget.allows(candidate.family)]
+    offered, failed = _offered(recognised, target)
+    candidates = [candidate for candidate in offered if budget.allows(candidate.family)]
     sites = find_token_sites(recognised) if budget.allows(TOKENS) else None
     found = search(rehearsal, budget, candidates, sites, clock)
+    notes = [*failed, *_missing(budget, {item.family for item in offered} | ({TOKENS} if sites is not None else set()))]
+    found.measured.notes += notes
+    if found.chosen is None and not candidates and sites is None:
+        found.why = "; ".join((found.why, *notes))
     if found.chosen is None:
         return exact, _told(budget, found, rehearsal, None, None)
     made = _finished(exact, found.chosen, target, verify)
@@ -85,15 +91,29 @@ def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, veri
     return made, _told(budget, found, rehearsal, found.chosen, held)
 
 
-def _offered(recognised: Program, target: str) -> list[Candidate]:
-    """What all offers say of a program; one that fails offers nothing."""
+def _offered(recognised: Program, target: str) -> tuple[list[Candidate], list[str]]:
+    """What all offers say of a program, and what became of those that failed: they offer nothing."""
     made: list[Candidate] = []
+    failed: list[str] = []
     for offer in OFFERS:
         try:
-            made += offer(recognised, target)
-        except Exception:  # an offer reads programs that it has not seen
+            made += list(offer(recognised, target))
+        except Exception as error:  # an offer reads programs that it has not seen
             _LOG.debug("an offer failed", exc_info=True)
-    return made
+            failed.append(
+                f"{getattr(offer, '__name__', offer)}: offered nothing, because it failed: {first_line(error)}"
+            )
+    return made, failed
+
+
+def _missing(budget: Budget, offered: set[str]) -> list[str]:
+    """What to say of families that were asked for, and that nothing of this model belongs to."""
+    known = ", ".join(sorted(offered)) or "none"
+    return [
+        f"{family}: no rewrite of this family applies to this model; those that do are {known}"
+        for family in budget.families or ()
+        if family not in offered
+    ]
 
 
 def _finished(exact: Build, chosen: Tried, target: str, verify: str) -> Build:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ def read_batches(calibration: Any) -> list[Call]:
             f"the calibration is a {type(calibration).__name__}; give a list of batches, each as the example inputs are"
         )
     calls: list[Call] = []
-    for number, batch in enumerate(itertools.islice(calibration, _MOST_BATCHES)):
+    for number, batch in enumerate(_drawn(calibration)):
         if isinstance(batch, Call):
             calls.append(batch)
         elif isinstance(batch, Tensor):
@@ -60,6 +60,18 @@ def read_batches(calibration: Any) -> list[Call]:
                 "or a dict of keyword inputs"
             )
     return calls
+
+
+def _drawn(calibration: Iterable[Any]) -> Iterator[Any]:
+    """The batches, as many as are used; raises ``BudgetError`` where the user's iterable fails."""
+    number = 0
+    try:
+        for batch in itertools.islice(calibration, _MOST_BATCHES):
+            yield batch
+            number += 1
+    except Exception as error:  # an iterable may raise anything
+        said = (str(error).strip().splitlines() or ["no message"])[0]
+        raise BudgetError(f"the calibration failed at batch {number} ({type(error).__name__}: {said})") from error
 
 
 def split(calls: list[Call], entry: Entry, seed: int) -> Calibration:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -303,7 +303,7 @@ class CompiledModule(StandIn):
             _LOG.debug("compilation failed", exc_info=True)
             return self._refuse(key, f"compilation failed ({first_line(error)}); please report it")
         if made.accepted and self._options.spending is not None:
-            made = self._spend(self._options.spending, made, model)
+            made = self._spend(self._options.spending, made, model, describe_call(args, kwargs))
         if made.accepted and self._options.unpad is not None:
             self._event("unpadding", self._options.unpad(made, self._options, lambda: own_output(model, args, kwargs)))
         outputs, made.outputs = made.outputs, None  # not to be held for the report
@@ -320,13 +320,16 @@ class CompiledModule(StandIn):
         self._watch_weights()
         return made.entry if outputs is None else Answer(made.entry, made.entry.presented(outputs))
 
-    def _spend(self, spending: Spending, exact: Build, model: nn.Module) -> Build:
+    def _spend(self, spending: Spending, exact: Build, model: nn.Module, inputs: str) -> Build:
         """The model within the accuracy budget; the exact one, and why, where there is none."""
         from regraft.budget import spend
 
-        made, self._report.budget = spend(spending, exact, model, self._options.target, self._options.verify)
-        if self._report.budget.refused:
-            self._event("budget", f"{self._report.budget.refused}; the model is the exact one")
+        made, told = spend(spending, exact, model, self._options.target, self._options.verify)
+        told = replace(told, inputs=inputs)
+        if self._report.budget is None or not self._report.budget.stands_beside(told):
+            self._report.budget = told
+        if told.refused:
+            self._event("budget", f"{told.refused}; the model is the exact one")
         return made
 
     def _refuse(self, key: Hashable, reason: str, tell: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from regraft.passes.budget.errors import BudgetError
 from regraft.passes.budget.metric import losses
 from regraft.passes.budget.trials import Array
 
+_LOG = logging.getLogger("regraft")
 _TURN = 0.02  # seconds that a turn of short calls lasts
 _QUICK, _THOROUGH = (1.5, 7, 21), (2.0, 9, 31)  # seconds for all turns, the fewest and the most turns
 _LOWERED = 0.3  # seconds of the exact model's calls from which on a model is lowered to be tried
@@ -110,8 +112,12 @@ class Rehearsal:
         """The loss of each sample, one call after another; infinite where the rewritten model fails."""
         found = []
         for leaves, reference in zip(calls, references, strict=True):
-            with torch.no_grad():
-                output = self._entry.program.user_outputs(run(*leaves))
+            try:
+                with torch.no_grad():
+                    output = self._entry.program.user_outputs(run(*leaves))
+            except Exception:  # a rewrite that fails on some data is no candidate
+                _LOG.debug("a rewritten model failed on calibration data", exc_info=True)
+                return np.array([math.inf])
             found.append(losses(self._budget.metric, output, reference, self._budget.output).numpy())
         return np.concatenate(found)
 
@@ -129,7 +135,13 @@ class Rehearsal:
     def ratio(self, composition: Composition, thorough: bool = False) -> float:
         """The lowered model's time over the exact one's."""
         executable = self._executable(composition)
-        return math.nan if executable is None else self.ratio_of(executable, thorough)
+        if executable is None:
+            return math.nan
+        try:
+            return self.ratio_of(executable, thorough)
+        except Exception:  # as above
+            _LOG.debug("a rewritten model failed on the example inputs", exc_info=True)
+            return math.nan
 
     def ratio_of(self, executable: Executable, thorough: bool = True) -> float:
         """The same of a finished model."""

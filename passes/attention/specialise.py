@@ -33,6 +33,25 @@ def kinds_of(profile: HeadProfile, coverage: float, dormant: float) -> list[str]
 
 
 @dataclass(frozen=True)
+class NarrowHeads(Pass):
+    """Heads ``local`` of the attention at ``place`` see a window alone, heads ``streaming`` the sinks, too."""
+
+    place: int
+    window: int
+    sinks: int
+    local: tuple[int, ...]
+    streaming: tuple[int, ...]
+
+    def run(self, program: Program, session: Session) -> int:
+        views = ((self.local, 0), (self.streaming, self.sinks))
+        return sum(
+            RestrictHeads(self.place, self.window, sinks, chosen).run(program, session)
+            for chosen, sinks in views
+            if chosen
+        )
+
+
+@dataclass(frozen=True)
 class SpecialiseHeads(Pass):
     """Every attention's heads by their kinds, as its inputs at capture show them. ``coverage``: the share of a head's
     weight that a narrower view must hold, 1 for none but what hides nothing; ``dormant``: as of ``kinds_of``, 0 to drop
@@ -65,10 +84,11 @@ class SpecialiseHeads(Pass):
             if gone:
                 yield DropHeads(place, gone)
             kept = [kind for head, kind in enumerate(kinds) if head not in gone]
-            for kind, sinks in ((LOCAL, 0), (STREAMING, self.sinks)):
-                chosen = tuple(head for head, found in enumerate(kept) if found == kind)
-                if chosen:
-                    yield RestrictHeads(place, self.window, sinks, chosen)
+            local, streaming = (
+                tuple(head for head, found in enumerate(kept) if found == kind) for kind in (LOCAL, STREAMING)
+            )
+            if local or streaming:
+                yield NarrowHeads(place, self.window, self.sinks, local, streaming)
 
 
 def whole_groups(heads: list[int], groups: int) -> tuple[int, ...]:

@@ -96,6 +96,12 @@ def _called(metric: MetricFunction, output: Any, reference: Any) -> Tensor:
             f"the metric {_name(metric)} returned a tensor of shape {list(found.shape)}; return a number, or one for "
             "each sample"
         )
+    sizes = {value.shape[0] for value in _floating(reference).values()}
+    if sizes and found.numel() not in {1, *sizes}:
+        raise BudgetError(
+            f"the metric {_name(metric)} returned {found.numel()} numbers for a batch of {min(sizes)}; return one, or "
+            "one for each sample"
+        )
     return found.reshape(-1)
 
 

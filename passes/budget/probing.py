@@ -18,6 +18,7 @@ from regraft.solvers.schedule.tokens import TokenTable
 
 #: A rewrite is worth offering when the model takes at most this part of the exact model's time with it everywhere.
 WORTH_IT = 0.98
+_NEAR = 1.2  # up to here a measurement may have been a bad moment
 _CHEAP = 0.1  # part of the limit below which a family is not taken apart: all of it hardly matters
 _LEVELS = (1 / 4, 1 / 8, 1 / 2, 1 / 16)  # parts of the tokens that a cut removes, the most telling first
 _WORK_LAYERS = 6
@@ -76,7 +77,7 @@ class _Probe:
     def family(self, own: Sequence[Candidate]) -> None:
         """All of it at once, and each of it alone where that could matter."""
         together = strongest(own)
-        ratio = self.trials.ratio(together)
+        ratio = self._ratio(together)
         if not ratio <= WORTH_IT:
             self.found.notes.append(_not_offered(own[0].family, ratio))
             return
@@ -87,6 +88,11 @@ class _Probe:
                 self._note(candidate, everywhere / len(together), share)
             return
         self._alone(own, share)
+
+    def _ratio(self, composition: Composition) -> float:
+        """The time that decides whether something is offered: measured again where it is a near thing."""
+        ratio = self.trials.ratio(composition)
+        return self.trials.ratio(composition, thorough=True) if WORTH_IT < ratio < _NEAR else ratio
 
     def _alone(self, own: Sequence[Candidate], share: float) -> None:
         began = self.clock.spent
@@ -172,7 +178,7 @@ class _Probe:
             self.found.notes.append("tokens: not offered, because the loss is not a number when half go evenly")
         slow: list[str] = []
         for method in ordered[:_METHODS_TIMED]:
-            ratio = self.trials.ratio(even[method])
+            ratio = self._ratio(even[method])
             if ratio <= WORTH_IT:
                 apart = f"; no time is saved by {', '.join(slow)}" if slow else ""
                 self.found.notes.append(f"tokens: {method}; when half go evenly, the losses are {told}{apart}")

@@ -53,6 +53,8 @@ class BudgetReport:
     the compiled model, ``held_out_bound`` is its upper bound at ``confidence``. Times are seconds a call, measured in
     turn with the exact model; ``search_seconds`` is what finding this took, ``stop`` why it ended: "done" or "time
     limit"; ``gap`` how far the solvers' choice is from their bound, 0 where they proved it the best.
+    ``inputs`` are those that the model was compiled for: other shapes get exact code, because their loss was not
+    measured.
     """
 
     metric: str
@@ -74,6 +76,12 @@ class BudgetReport:
     search_seconds: float = 0.0
     stop: str = "done"
     gap: float = 0.0
+    inputs: str = ""
+
+    def stands_beside(self, later: BudgetReport) -> bool:
+        """Whether this remains what is told of a budget when ``later`` tells of a later compilation: that for other
+        inputs replaces a refusal only, and is no refusal itself."""
+        return bool(self.inputs) and self.inputs != later.inputs and (bool(later.refused) or not self.refused)
 
     @property
     def spent(self) -> bool:

@@ -101,7 +101,8 @@ def _budget_sections(budget: BudgetReport) -> Iterator[str]:
             for decision in budget.decisions
         ]
         yield "Lossy rewrites\n" + table(("site", "knob", "loss alone", "time saved alone"), rows)
-        yield "Accuracy budget\n" + table(("", "loss", "time"), budget_rows(budget))
+        inputs = f" for {budget.inputs}" if budget.inputs else ""
+        yield f"Accuracy budget{inputs}\n" + table(("", "loss", "time"), budget_rows(budget))
     if budget.points:
         points = [(point.kind, *_point_cells(point)) for point in _shown_points(budget)]
         yield "Loss and time\n" + table(("", "loss", "time", "", "rewrites"), points)

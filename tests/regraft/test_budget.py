@@ -166,6 +166,16 @@ def test_a_shape_that_was_not_calibrated_gets_exact_code(model: nn.Module) -> No
     assert torch.allclose(fast(x), model(x), atol=1e-5)
     assert [event.kind for event in fast.report.events] == ["recapture", "budget"]
     assert kl(model, fast, batch(51)) > 1e-9  # the first shape keeps its own
+    assert fast.report.budget.spent and fast.report.budget.inputs == "float32[8, 16, 32]"
+
+
+def test_a_refusal_for_one_shape_makes_way_for_what_another_one_was_given(model: nn.Module) -> None:
+    fast = regraft.compile(model, batch(0, 3), budget=Budget("kl", LIMIT, seconds=20), calibration=BATCHES)
+    assert fast.report.budget.refused
+    fast(batch(0))
+    assert fast.report.budget.spent and fast.report.budget.inputs == "float32[8, 16, 32]"
+    fast(batch(0, 4))
+    assert fast.report.budget.spent
 
 
 @pytest.mark.parametrize(
@@ -188,3 +198,18 @@ def test_a_shape_that_was_not_calibrated_gets_exact_code(model: nn.Module) -> No
 def test_options_that_do_not_go_together_are_refused(model: nn.Module, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(OptionError, match=reason):
         regraft.compile(model, batch(0), **options)
+
+
+def test_calibration_that_fails_on_the_way_is_told(model: nn.Module) -> None:
+    def failing() -> Iterator[Tensor]:
+        yield BATCHES[0]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OptionError, match=r"the calibration failed at batch 1 \(OSError: the disk is gone\)"):
+        regraft.compile(model, batch(0), budget=Budget("kl", 0.1), calibration=failing())
+
+
+def test_a_family_that_nothing_of_the_model_belongs_to_is_told(model: nn.Module) -> None:
+    budget = Budget("kl", LIMIT, families=("token",))
+    report = regraft.compile(model, batch(0), budget=budget, calibration=BATCHES).report.budget
+    assert "token: no rewrite of this family applies to this model; those that do are" in report.kept_exact

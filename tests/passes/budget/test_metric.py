@@ -95,6 +95,7 @@ def test_a_function_is_given_the_outputs_and_may_answer_for_the_batch_or_for_eac
         (lambda o, r: o, r"a tensor of shape \[2, 2\]"),
         (lambda o, r: {}["x"], "raised"),
         (lambda o, r: "much", "raised"),
+        (lambda o, r: torch.zeros(3), "returned 3 numbers for a batch of 2"),
     ],
 )
 def test_a_function_that_answers_otherwise_is_refused(answer: object, reason: str) -> None:
