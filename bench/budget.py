@@ -99,32 +99,34 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="time of each search")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
+    path = options.json or RESULTS / "budget.json"
     made: dict[str, list[dict[str, Any]]] = {"runs": [], "uniform": []}
+    if options.add and path.exists():
+        made = {kind: json.loads(path.read_text(encoding="utf-8"))[kind] for kind in made}
+
+    def keep(kind: str, row: dict[str, Any]) -> None:
+        made[kind] = added(made[kind], row)
+        write_record("budget", {**made, "summary": budget_uniform.summary(made["uniform"])}, path)
+
     for name, number in itertools.product(options.systems, range(options.runs)):
         run = spend(SYSTEMS[name](0), options.first + number, options.seconds)[1]
-        made["runs"].append({**asdict(run), "within": run.within})
-        Console().print(run)
+        keep("runs", {**asdict(run), "within": run.within})
     for name, number, by in itertools.product(options.systems, range(options.compared), options.by):
         seed = options.first + number
         for point in budget_uniform.compare(SYSTEMS[name](seed), seed, by, options.seconds):
-            made["uniform"].append({**asdict(point), "ratio": point.ratio})
-            Console().print(point)
-    path = options.json or RESULTS / "budget.json"
-    if options.add and path.exists():
-        made = added(json.loads(path.read_text(encoding="utf-8")), made)
+            keep("uniform", {**asdict(point), "ratio": point.ratio})
     show(made)
-    record = {**made, "summary": budget_uniform.summary(made["uniform"])}
-    Console().print(f"wrote {write_record('budget', record, path)}")
+    Console().print(f"wrote {path}")
 
 
-def added(record: Mapping[str, Any], made: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a record with new ones in the place of those of the same system, seed, limit and count of time."""
+def added(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a record with a new one in the place of that of the same system, seed, limit and count of time."""
 
     def place(row: Mapping[str, Any]) -> tuple[str, str, int, float]:
         return row["system"], row.get("by", ""), row["seed"], row["limit"]
 
-    both = {kind: {place(row): row for row in (*record[kind], *rows)} for kind, rows in made.items()}
-    return {kind: [rows[key] for key in sorted(rows)] for kind, rows in both.items()}
+    known = {place(item): item for item in (*rows, row)}
+    return [known[key] for key in sorted(known)]
 
 
 def show(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -149,7 +151,8 @@ def show(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     for row in budget_uniform.summary(made["uniform"]):
         console.print(
             f"{row['system']}, equal {row['by']}: uniform schedules lose {row['ratio']:.2f} times as much (geometric "
-            f"mean, spread {row['spread'] or 1:.2f}), more in {row['better']} of {row['points']}"
+            f"mean, spread {row['spread'] or 1:.2f}), more in {row['better']} and less in {row['worse']} of "
+            f"{row['points']}"
         )
 
 

@@ -30,8 +30,12 @@ from regraft.rehearsal import Rehearsal
 
 #: Limits of KL by system, and how many tokens uniform schedules remove.
 LIMITS: dict[str, tuple[float, ...]] = {"digits": (1e-3, 3e-3, 1e-2), "minilm": (5e-3, 1.5e-2, 5e-2)}
-UNIFORM: dict[str, tuple[int, ...]] = {"digits": (2, 4, 6, 8, 10, 12, 14, 16, 20), "minilm": (2, 4, 6, 8, 10, 12, 16)}
-_TIMED = 3  # times that a time is measured, each the median of many turns
+UNIFORM: dict[str, tuple[int, ...]] = {
+    "digits": (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28),
+    "minilm": (2, 4, 6, 8, 10, 12, 16),
+}
+_EQUAL = 1.001  # ratios up to which two losses are the same
+_TIMED = 2  # times that a time is measured, each the median of many turns
 
 UniformPoint = tuple[int, float, float]
 
@@ -153,15 +157,15 @@ def at(uniform: Sequence[UniformPoint], place: float) -> float | None:
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each system and way of counting time: geometric mean and spread (a factor) of the ratios, how many are above
-    one, and how many there are."""
+    """For each system and way of counting time: geometric mean and spread (a factor) of the ratios, in how many points
+    uniform schedules lose more and in how many less, and how many there are; in the others the schedule is uniform."""
     rows = []
     for system, by in sorted({(point["system"], point["by"]) for point in points}):
         own = [p["ratio"] for p in points if (p["system"], p["by"]) == (system, by) and p["ratio"] is not None]
         if own:
             logs = [math.log(ratio) for ratio in own]
             spread = math.exp(stdev(logs)) if len(logs) > 1 else None
-            better = sum(ratio > 1 for ratio in own)
+            better, worse = sum(ratio > _EQUAL for ratio in own), sum(ratio < 1 / _EQUAL for ratio in own)
             rows.append(
                 {
                     "system": system,
@@ -169,6 +173,7 @@ def summary(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "ratio": math.exp(mean(logs)),
                     "spread": spread,
                     "better": better,
+                    "worse": worse,
                     "points": len(own),
                 }
             )

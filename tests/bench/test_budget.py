@@ -74,17 +74,16 @@ def test_more_tokens_that_go_do_not_take_longer_and_of_equally_fast_ones_the_lea
 def test_ratios_are_averaged_as_factors() -> None:
     rows = [{"system": "s", "by": "work", "ratio": ratio} for ratio in (4.0, 1.0, 0.5, None)]
     (row,) = summary(rows)
-    assert row["ratio"] == pytest.approx(2 ** (1 / 3)) and (row["better"], row["points"]) == (1, 3)
+    assert row["ratio"] == pytest.approx(2 ** (1 / 3)) and (row["better"], row["worse"], row["points"]) == (1, 1, 3)
 
 
 def test_rows_are_added_to_a_record_and_replace_those_of_the_same_run() -> None:
     def row(system: str, seed: int, fresh: float, by: str = "") -> dict[str, object]:
         return {"system": system, "seed": seed, "fresh": fresh, "limit": 0.1, **({"by": by} if by else {})}
 
-    record = {"runs": [row("a", 0, 1.0), row("a", 1, 1.0)], "uniform": [row("b", 0, 1.0, "work")], "device": {}}
-    found = added(record, {"runs": [row("a", 1, 2.0), row("b", 0, 2.0)], "uniform": [row("b", 0, 3.0, "time")]})
-    assert found["runs"] == [row("a", 0, 1.0), row("a", 1, 2.0), row("b", 0, 2.0)]
-    assert found["uniform"] == [row("b", 0, 3.0, "time"), row("b", 0, 1.0, "work")]
+    rows = [row("a", 0, 1.0), row("a", 1, 1.0), row("b", 0, 1.0, "work")]
+    assert added(rows, row("a", 1, 2.0)) == [rows[0], row("a", 1, 2.0), rows[2]]
+    assert added(rows, row("b", 0, 3.0, "time")) == [*rows[:2], row("b", 0, 3.0, "time"), rows[2]]
 
 
 @pytest.mark.slow
