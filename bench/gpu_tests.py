@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_operands import Sizes, attention_operands, merge_operands, on_wide
+from bench.gpu_programs import program_rows
 from bench.gpu_rows import Outcome, Part, Row, Setting
 from bench.gpu_token_operands import merged_operands, plan_operands
 from regraft.codegen.triton.attention_layout import CONTIGUOUS
@@ -34,12 +35,13 @@ AGREED = 0.98
 
 
 def rows(setting: Setting) -> dict[str, Row]:
-    """A row a kernel."""
+    """A row a kernel, and those of whole programs."""
     plans, merges = plan_specs(), token_samples()
     return {
         **{name: partial(_row, sample) for name, sample in all_attention().items()},
         **{name: partial(_plan, spec) for name, spec in plans.items()},
         **{name: partial(_moved, emit) for name, emit in merges.items() if name not in plans},
+        **program_rows(),
     }
 
 

@@ -141,6 +141,9 @@ def test_targets_are_of_parts_and_the_parts_fit_into_the_time() -> None:
         (gpu_tests.TESTS, "merge float32 64"),
         (gpu_tests.TESTS, "merge, logs, layer norm bfloat16 768"),
         (gpu_tests.TESTS, "unmerge float16 768"),
+        (gpu_tests.TESTS, "program: choice of padding attention"),
+        (gpu_tests.TESTS, "program: an artifact from a CPU"),
+        (gpu_tests.TESTS, "program: a CUDA graph"),
         *((gpu_models.MODELS_PART, name) for name in gpu_models.MODELS),
     ],
 )
