@@ -41,6 +41,9 @@ _LOG = logging.getLogger("regraft")
 _LARGEST_CONSTANT = 1 << 26  # elements of a mask that is looked at when a model is lowered
 _LARGEST_SAMPLE = 1 << 26  # scores; a larger site is not measured: reading no keys in vain decides there
 
+#: Intervals a row of a part of a mask that is read in every call: meeting more with others costs more than a mask.
+_WORTH_MEETING = 4 * MOST_SPANS
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -305,7 +308,7 @@ def spans_or_mask(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The spans of a call and its padding; where the tensors make too many spans, all of it as one additive mask."""
     heads, length, keys = query.shape[1], query.shape[2], key.shape[2]
-    found = spans(parsed(text), heads, length, keys, tensors, dense=True)
+    found = spans(parsed(text), heads, length, keys, tensors, dense=True, limit=_WORTH_MEETING)
     if found is not None:
         return found, None if padding == "all" else padding_mask(padding, tensors, query, key)
     _say_dense(text)

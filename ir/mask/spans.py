@@ -89,14 +89,16 @@ def spans(
     tensors: Sequence[Tensor] = (),
     symbols: Mapping[str, int] | None = None,
     dense: bool = False,
+    limit: int | None = None,
 ) -> Tensor | None:
     """Where the intervals of keys of each row start and end: int64 ``[2, batch or 1, heads or 1, query_length,
     count]``, contiguous. None where some row has more than ``MOST_SPANS``, or, unless ``dense``, where a tensor of the
-    size of the scores is read: looking at all of it is worth it only once."""
+    size of the scores is read: looking at all of it is worth it only once. ``limit``: give up where a part of the
+    predicate has more intervals a row; without it, and ``dense``, parts may have any number."""
     conditions = [number for number, tensor in enumerate(tensors) if tensor.dim() and tensor.shape[-1] == 1]
     if not dense and not has_spans(predicate, conditions):
         return None
-    most = key_length + 1 if dense else MOST_SPANS  # parts may have many intervals where their conjunction has few
+    most = (limit or key_length + 1) if dense else MOST_SPANS  # a conjunction of many intervals may have few
     reader = _Reader(heads, query_length, key_length, tensors, symbols or {}, most)
     try:
         found = reader.read(predicate)

@@ -63,3 +63,10 @@ def test_packed_documents_are_one_span_a_row_and_mixed_ones_are_listed_or_left_d
     assert listed is not None and listed.shape[-1] == 3
     longer = torch.arange(4 * MOST_SPANS)[None] % 2
     assert spans(parse("same(0,0)"), 1, longer.shape[1], longer.shape[1], [longer]) is None
+
+
+def test_a_part_with_more_intervals_than_the_limit_is_not_met_with_others() -> None:
+    given = [torch.arange(40)[None] % 2]
+    for limit, found in ((None, True), (20, True), (19, False)):
+        both = spans(parse("keys(0) & band(-3,0)"), 1, 40, 40, given, dense=True, limit=limit)
+        assert (both is not None) == found
