@@ -30,12 +30,12 @@ from regraft.codegen.cpu.attention_masks import (
     without_keys,
 )
 from regraft.codegen.cpu.attention_sdpa import attend_sdpa
-from regraft.codegen.cpu.context import Context
+from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.native.kernels import NATIVE
-from regraft.codegen.cpu.native_operators import attend_native
+from regraft.codegen.cpu.native_operators import attend_native, lse_native
 from regraft.ir.mask import MOST_SPANS, And, Everything, Keys, Predicate, has_spans, most_spans, parse, spans, to_dense
 from regraft.ir.mask.predicate import tensors_of
-from regraft.ir.nodes import concrete, dtype, shape, size_equal
+from regraft.ir.nodes import arguments, concrete, dtype, shape, size_equal
 
 _LOG = logging.getLogger("regraft")
 _LARGEST_CONSTANT = 1 << 26  # elements of a mask that is looked at when a model is lowered
@@ -114,6 +114,15 @@ def native_can_map(context: Context, given: dict[str, Any]) -> bool:
         not isinstance(p, Everything) for p in (parts.runs, parts.keys, parts.rest)
     )
     return not added or given["weight"] not in ("gelu", "identity")
+
+
+def lower_lse(context: Context, node: fx.Node) -> Lowered | None:
+    """``regraft::attention_lse`` natively."""
+    given = arguments(node)
+    if not _in_fp32(given, ("query", "key")) or NATIVE.missing():
+        return None
+    query, key = context.value(given["query"]), context.value(given["key"])
+    return Lowered(full=context.call(lse_native, query, key, given["scale"], given["softcap"]))
 
 
 def _in_fp32(given: dict[str, Any], names: tuple[str, ...]) -> bool:

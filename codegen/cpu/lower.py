@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from regraft.codegen.cpu.attention import lower_attention, lower_mapped
+from regraft.codegen.cpu.attention_native import lower_lse
 from regraft.codegen.cpu.attention_packed import lower_packed
 from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.executable import Executable
@@ -52,6 +53,7 @@ LOWERINGS: dict[Any, Lowering] = {
     ops.rope: lower_rope,
     ops.glu: lower_glu,
     ops.attention_packed: lower_packed,
+    ops.attention_lse: lower_lse,
     ops.plan_merge: lower_plan,
     ops.merge_tokens: lower_merge,
     ops.unmerge_tokens: lower_unmerge,

@@ -44,6 +44,7 @@ def _operator(name: str, launcher: Describe, native: NativeLibrary = NATIVE) -> 
 
 linear_native = _operator("linear_native", linear.linear)
 attend_native = _operator("attend_native", attention.attend)
+lse_native = _operator("lse_native", attention.log_sum_exp)
 norm_native = _operator("norm_native", rowwise.norm)
 add_norm_native = _operator("add_norm_native", rowwise.add_norm)
 rope_native = _operator("rope_native", rowwise.rope)

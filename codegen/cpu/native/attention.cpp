@@ -21,6 +21,7 @@ struct Site {
     const float *slopes;  // [heads], times (key - query), added to the scaled scores (ALiBi); null for none
     const float *sinks;   // [heads], a logit that takes weight and gives nothing; null for none
     float *out, *workspace;
+    float *lse;                    // [batch, heads, length], the log-sum-exp of a softmax's scores; null for none
     const int64_t *starts, *ends;  // of the keys that each query sees, [batch, heads, length, spans]; null for all keys
     int64_t batch, heads, kv_heads, length, keys, head_dim, value_dim;
     int64_t query_strides[3], key_strides[3], value_strides[3], out_strides[3];  // batch, head, row
@@ -247,8 +248,10 @@ static void attend_block(const Site &s, int64_t b, int64_t h, int64_t start, int
             begun = true;
         }
     float *out = s.out + b * s.out_strides[0] + h * s.out_strides[1] + start * s.out_strides[2];
-    for (int64_t r = 0; r < rows; r++, out += s.out_strides[2])
-        finish_output(s, sums + r * width, totals[r], maxima[r], values, width, out);
+    for (int64_t r = 0; r < rows; r++, out += s.out_strides[2]) {
+        if (s.lse) s.lse[(b * s.heads + h) * s.length + start + r] = maxima[r] + __builtin_logf(totals[r]);
+        if (width) finish_output(s, sums + r * width, totals[r], maxima[r], values, width, out);
+    }
 }
 
 // Behind the last key of a batch that a mask shared by its heads and rows leaves; all keys for any other mask.
@@ -261,7 +264,7 @@ static int64_t keys_left(const Site &s, int64_t b) {
 
 extern "C" void regraft_attention(const Site *given) {
     const Site &s = *given;
-    if (s.batch == 0 || s.heads == 0 || s.length == 0 || s.value_dim == 0) return;
+    if (s.batch == 0 || s.heads == 0 || s.length == 0 || (s.value_dim == 0 && !s.lse)) return;
     int64_t padded = round_up(s.keys, PANEL), width = round_up(s.value_dim, LANES), groups = s.heads / s.kv_heads;
     int64_t each = padded * (s.head_dim + width), blocks = ceil_div(s.length, QUERY_BLOCK);
 #pragma omp parallel

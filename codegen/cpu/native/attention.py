@@ -10,7 +10,7 @@ from torch import Tensor
 from regraft.codegen.cpu.native.call import FLOAT, INT, LONG, POINTER, NativeCall
 from regraft.ir.mask.spans import MOST_SPANS
 
-_POINTERS = ("query", "key", "value", "mask", "slopes", "sinks", "out", "workspace", "starts", "ends")
+_POINTERS = ("query", "key", "value", "mask", "slopes", "sinks", "out", "workspace", "lse", "starts", "ends")
 #: What a row without a key gives, as the kernel numbers it.
 EMPTY_ROWS = {"zero": 0, "nan": 1, "mean": 2}
 #: Maps of single scores and what divides a row, as the kernel numbers them; names as of ``regraft::attention_mapped``.
@@ -58,10 +58,35 @@ def attend(
     of ``EMPTY_ROWS``; with ``weights`` of ``WEIGHTS`` that are no softmax, ``normaliser`` and ``constant`` say what
     divides a row, and there are no sinks.
     """
+    batch, heads, length = query.shape[:3]
+    out = query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
+    options = scale, softcap, constant, EMPTY_ROWS[empty_rows], WEIGHTS[weights], NORMALISERS[normaliser]
+    return _call(library, query, key, value, mask, slopes, sinks, spans, options, out)
+
+
+def log_sum_exp(library: ctypes.CDLL, query: Tensor, key: Tensor, scale: float, softcap: float) -> NativeCall:
+    """``regraft::attention_lse`` of fp32 ``query`` and ``key``, as of ``attend``: ``[batch, heads, length]``."""
+    out = query.new_empty(query.shape[:3])
+    options = scale, softcap, 0.0, EMPTY_ROWS["zero"], WEIGHTS["softmax"], NORMALISERS["sum"]
+    return _call(library, query, key, None, None, None, None, None, options, out)
+
+
+def _call(
+    library: ctypes.CDLL,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    spans: Tensor | None,
+    options: tuple[float | int, ...],
+    out: Tensor,
+) -> NativeCall:
+    """The call that writes ``out``: attention to ``value``, or without one the log-sum-exps."""
     batch, heads, length, head_dim = query.shape
-    kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    out = query.new_empty((batch, length, heads, value_dim)).transpose(1, 2)
-    query, key, value = _rows_in_order(query), _rows_in_order(key), _rows_in_order(value)
+    kv_heads, keys, value_dim = key.shape[1], key.shape[2], 0 if value is None else value.shape[3]
+    query, key, value = _rows_in_order(query), _rows_in_order(key), None if value is None else _rows_in_order(value)
     shown = None if mask is None else _rows_in_order(mask).expand(batch, heads, length, keys)
     held = (None if table is None else table.reshape(-1).contiguous() for table in (slopes, sinks))
     floats = library.regraft_attention_workspace(batch, kv_heads, keys, head_dim, value_dim)
@@ -72,12 +97,13 @@ def attend(
         raise ValueError(f"{sizes[3]} spans a row were given, the kernel takes {MOST_SPANS} at most")
     values = (
         batch, heads, kv_heads, length, keys, head_dim, value_dim,
-        query.stride()[:3], key.stride()[:3], value.stride()[:3], out.stride()[:3],
+        query.stride()[:3], key.stride()[:3], (0, 0, 0) if value is None else value.stride()[:3], out.stride()[:3],
         (0, 0, 0, 0) if shown is None else shown.stride(),
         (0 if sizes[0] == 1 else sizes[1] * sizes[2] * sizes[3], 0 if sizes[1] == 1 else sizes[2] * sizes[3]), sizes[3],
-        scale, softcap, constant, EMPTY_ROWS[empty_rows], WEIGHTS[weights], NORMALISERS[normaliser],
+        *options,
     )  # fmt: skip
-    tensors = (query, key, value, shown, *held, out, workspace, starts, ends)
+    results = (out, workspace, None) if value is not None else (None, workspace, out)
+    tensors = (query, key, value, shown, *held, *results, starts, ends)
     return NativeCall("regraft_attention", _Site, tensors, values, out, (out, workspace))
 
 
