@@ -25,9 +25,9 @@ def lower_attention(context: Context, node: fx.Node, tuner: Tuner) -> fx.Node:
     in blocks of rows where a mask of all scores would be large, and what neither can express the definition."""
     given = arguments(node)
     native, sdpa = native_can(given), sdpa_can(given)
-    if native and sdpa and measurable(context, given):
+    if native and sdpa and measurable(given):
         form = shape_of(given)
-        native = tuner.choose_attention(form, lambda: sample_runs(given, form)) == "native"
+        native = tuner.choose_attention(form, lambda: sample_runs(context, given, form)) == "native"
     if native:
         return lower_native(context, given)
     if not (sdpa and has_flag(given)) and blocks_can(context, given):

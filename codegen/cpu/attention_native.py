@@ -36,6 +36,7 @@ from regraft.codegen.cpu.native_operators import attend_native, lse_native
 from regraft.ir.mask import MOST_SPANS, And, Everything, Keys, Predicate, has_spans, most_spans, parse, spans, to_dense
 from regraft.ir.mask.predicate import tensors_of
 from regraft.ir.nodes import arguments, concrete, dtype, shape, size_equal
+from regraft.ir.probe import Pool, Probe, ProbeError, index_like
 
 _LOG = logging.getLogger("regraft")
 _LARGEST_CONSTANT = 1 << 26  # elements of a mask that is looked at when a model is lowered
@@ -65,14 +66,11 @@ class AttentionShape:
         return ("sdpa", "native") if self.dtype == torch.float32 and not NATIVE.missing() else ("sdpa",)
 
 
-def measurable(context: Context, given: dict[str, Any]) -> bool:
+def measurable(given: dict[str, Any]) -> bool:
     """Whether a site can be tried out: its sizes do not depend on data, and its scores are not too many."""
     tensors = [given[name].meta["val"] for name in ("query", "key", "value")]
     if any(free_unbacked_symbols(tensor) for tensor in tensors):
         return False
-    parts = take_apart(context, given)
-    if not isinstance(parts.runs, Everything) or not isinstance(parts.known, Everything):
-        return False  # what the tensors hold decides, and a sample does not know it
     form = shape_of(given)
     return form.batch * form.heads * form.length * form.keys <= _LARGEST_SAMPLE
 
@@ -330,12 +328,42 @@ def _say_dense(text: str) -> None:
     _LOG.warning("the mask %s has rows with more than %d runs of keys: it is a tensor of all scores", text, MOST_SPANS)
 
 
-def sample_runs(given: dict[str, Any], form: AttentionShape) -> dict[str, Callable[[], Any]]:
-    """Both kernels on random operands that lie in memory as a projection leaves them, and a mask of the site's kind:
-    whatever depends on tensors lets everything through."""
+def sample_runs(context: Context, given: dict[str, Any], form: AttentionShape) -> dict[str, Callable[[], Any]]:
+    """Both kernels on random operands that lie in memory as a projection leaves them, and a mask of the site's kind.
+    Where tensors decide what a mask's spans are, it is that of the example inputs (the native kernel alone where these
+    do not tell); any other that depends on tensors lets everything through."""
     query = torch.randn(form.batch, form.length, form.heads, form.head_dim).transpose(1, 2)
     key = torch.randn(form.batch, form.keys, form.kv_heads, form.head_dim).transpose(1, 2)
     value = torch.randn(form.batch, form.keys, form.kv_heads, form.value_dim).transpose(1, 2)
+    scale, grouped = given["scale"], form.heads != form.kv_heads
+    masks = _sample_masks(context, given, form, query, key)
+    mask, causal, added, table = masks or (None, False, None, None)
+    native = {"native": lambda: attend_native(query, key, value, added, None, None, scale, 0.0, table, "nan")}
+    if masks is None:
+        return native
+    return {"sdpa": lambda: attend_sdpa(query, key, value, mask, causal, scale, grouped), **native}
+
+
+def _tensors_decide(context: Context, given: dict[str, Any]) -> bool:
+    """Whether what is in tensors decides which spans of keys a site's rows see."""
+    parts = take_apart(context, given)
+    return not isinstance(parts.runs, Everything) or not isinstance(parts.known, Everything)
+
+
+def _sample_masks(
+    context: Context, given: dict[str, Any], form: AttentionShape, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, bool, Tensor | None, Tensor | None] | None:
+    """The mask of PyTorch's attention and whether it is the causal flag; mask and spans of the native kernel. None
+    where the example inputs do not tell."""
+    if _tensors_decide(context, given) and not form.has_bias:
+        tensors = _example_tensors(context, given["mask_tensors"])
+        if tensors is None:
+            return None
+        exact = additive_mask(form.mask, tensors, None, None, query, form.keys, -math.inf)
+        parts = take_apart(context, given)
+        seen = str(conjunction([parts.spans, parts.known, parts.runs]))
+        table, added = spans_or_mask(seen, str(parts.keys), tensors, query, key)
+        return exact, False, added, table
     predicate = parse(form.mask)
     known = without_keys(predicate) or predicate
     dense: Tensor | None = None
@@ -348,9 +376,16 @@ def sample_runs(given: dict[str, Any], form: AttentionShape) -> dict[str, Callab
             table = span_table(str(known), [], form.heads, form.length, form.keys)
         if not causal or table is None:
             mask = additive_mask(str(known), [], None, None, query, form.keys, -math.inf)
-    scale, grouped = given["scale"], form.heads != form.kv_heads
-    added = dense if table is not None else mask
-    return {
-        "sdpa": lambda: attend_sdpa(query, key, value, mask, causal, scale, grouped),
-        "native": lambda: attend_native(query, key, value, added, None, None, scale, 0.0, table, "nan"),
-    }
+    return mask, causal, dense if table is not None else mask, table
+
+
+def _example_tensors(context: Context, nodes: list[fx.Node]) -> list[Tensor] | None:
+    """What a mask reads, on the example inputs; None where it is not to be had."""
+    program = context.program
+    if not all(index_like(program, node) for node in nodes):
+        return None  # it takes running the model
+    try:
+        found = Probe(program, [], Pool(), program.example).evaluate(nodes)
+    except ProbeError:
+        return None
+    return found if all(isinstance(tensor, Tensor) and not tensor.is_meta for tensor in found) else None
