@@ -18,9 +18,7 @@ from regraft.solvers.schedule.tokens import TokenTable
 
 Array = NDArray[np.float64]
 _POWERS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-_STIFFNESS = (
-    1.0  # what a factor of e costs, beside a schedule that is wrong by as much; few tell layers apart
-)
+_STIFFNESS = 1.0  # what a factor of e costs, beside a schedule that is wrong by as much; few tell layers apart
 _STEPS, _LONGEST = 12, 1.5
 
 
