@@ -80,11 +80,10 @@ def _indices(rank: Tensor, target: Tensor, remove: int) -> tuple[Tensor, Tensor,
 
 
 def most_removable(tokens: int, matching: str, prefix: int, suffix: int) -> int:
-    """How many of ``tokens`` a matching can remove."""
+    """How many of ``tokens`` a matching can remove. One between the protected ends stays: whatever reads those, an
+    attention, a mean or the next reduction, finds something."""
     inner = max(0, tokens - prefix - suffix)
-    if matching in PAIRED:
-        return inner // 2
-    return max(0, inner - 1) if matching == "fuse" else inner
+    return inner // 2 if matching in PAIRED else max(0, inner - 1)
 
 
 def _check(tokens: int, scored: bool, remove: int, matching: str, prefix: int, suffix: int, causal: bool) -> None:

@@ -71,6 +71,18 @@ def test_the_plan_of_a_sample_is_its_own(case: tuple[str, Tensor, Tensor, int, i
         assert all(torch.equal(part[row : row + 1], own) for part, own in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("matching", sorted(MATCHINGS))
+def test_no_matching_removes_all_tokens_between_the_ends(matching: str, prefix: int) -> None:
+    x = numbers(2, 6, 4)
+    most = most_removable(6, matching, prefix, 1)
+    merged, _ = ops.merge_tokens(x, None, *plan(x, matching, most, prefix=prefix, suffix=1))
+    assert merged.shape[1] > prefix + 1 and merged.isfinite().all()
+    with pytest.raises(ValueError, match=f"can remove 0 to {most} beside"):
+        plan(x, matching, 5 - prefix, prefix=prefix, suffix=1)
+    assert most_removable(prefix + 1, matching, prefix, 1) == most_removable(1, matching, 1, 1) == 0
+
+
 def test_the_most_similar_pair_is_merged_and_an_equal_one_by_index() -> None:
     metric = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.0, 1.0], [0.9, 0.9], [0.5, -1.0]]])
     _, sources, slots = plan(metric, "bipartite", 1)

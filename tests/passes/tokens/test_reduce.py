@@ -272,6 +272,27 @@ def test_more_than_can_go_is_cut_down_and_said() -> None:
     assert session.log.refusals[0].reason.startswith("of 17 tokens at most 8 can go here, and 20 were to")
 
 
+class MeanOfPatches(torch.nn.Module):
+    """An image model whose patches are averaged, those behind the first ``ends`` tokens."""
+
+    def __init__(self, model: torch.nn.Module, ends: int) -> None:
+        super().__init__()
+        self.model, self.ends = model, ends
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        found: Tensor = self.model(pixel_values=pixels).last_hidden_state[:, self.ends :].mean(1)
+        return found
+
+
+@pytest.mark.parametrize("method", ["prune-received", "prune-flow", "divprune", "dart", "evit", "tome"])
+@pytest.mark.parametrize(("kind", "ends"), [("vit", 1), ("siglip_vision_model", 0)])
+def test_a_schedule_that_asks_for_every_token_leaves_one_to_read(kind: str, ends: int, method: str) -> None:
+    program = recognised(MeanOfPatches(tiny(kind), ends), (images()["pixel_values"],))
+    session = reduced(program, (20, 20, 20), method)
+    assert session.log.of("reduce-tokens").fired and session.log.refusals
+    assert outputs(program)[0].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
