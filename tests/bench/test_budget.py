@@ -66,6 +66,7 @@ def test_the_loss_at_equal_time_lies_between_the_schedules_around_it() -> None:
 
 
 def test_more_tokens_that_go_do_not_take_longer_and_of_equally_fast_ones_the_least_loss_counts() -> None:
+    pytest.importorskip("sklearn")
     places = monotone([(2, 1e-4, 0.9), (4, 1e-3, 0.8), (6, 1e-2, 0.84), (8, 1e-1, 0.7)])
     assert [place for _, _, place in places] == pytest.approx([0.9, 0.82, 0.82, 0.7])
     assert at(places, 0.82) == pytest.approx(1e-3)
