@@ -1,8 +1,9 @@
 """Lowering attention to PyTorch's flash kernel, and to the definition where no kernel can express a site.
 
 A causal mask over equal lengths is the kernel's flag. Any other mask becomes one additive tensor, built once a call
-for all layers that share it. Sinks are applied afterwards, from the log-sum-exp that the kernel returns: a logit
-``s`` that takes weight and gives nothing scales a row's output by ``sigmoid(lse - s)``.
+for all layers that share it, or once for all where constants alone decide it and it is not large. Sinks are applied
+afterwards, from the log-sum-exp that the kernel returns: a logit ``s`` that takes weight and gives nothing scales a
+row's output by ``sigmoid(lse - s)``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from regraft.ir.nodes import dtype, shape, size_equal
 from regraft.ir.ops.attention import reference
 
 aten = torch.ops.aten
+
+_LARGEST_KNOWN = 1 << 24  # scores of all heads, whose mask is kept where constants alone decide it
 
 
 def empty_rows(mask: Tensor | None) -> Tensor | None:
@@ -145,6 +148,9 @@ def _mask_node(context: Context, given: dict[str, Any], query: fx.Node, padded: 
         length = shape(given["key"])[-2]
         if not isinstance(length, int):
             length = context.call(aten.sym_size.int, context.value(given["key"]), 2)
+        known = _known_mask(context, given, fill) if padded is True and bias is None and slopes is None else None
+        if known is not None:
+            return context.bind(known, "mask")
         values = [context.value(tensor) for tensor in tensors]
         if padded is True:
             return context.call(additive_mask, given["mask"], values, bias, slopes, query, length, fill)
@@ -152,6 +158,19 @@ def _mask_node(context: Context, given: dict[str, Any], query: fx.Node, padded: 
 
     node: fx.Node = context.shared(("mask", mask_key(given), padded), make)
     return node
+
+
+def _known_mask(context: Context, given: dict[str, Any], fill: float) -> Tensor | None:
+    """The mask of a site that constants alone decide, made now; None for any other, and for one of many scores."""
+    query, key = given["query"], given["key"]
+    heads, length, keys = shape(query)[1], shape(query)[2], shape(key)[2]
+    if not (isinstance(heads, int) and isinstance(length, int) and isinstance(keys, int)):
+        return None
+    if heads * length * keys > _LARGEST_KNOWN or not all(context.is_weight(node) for node in given["mask_tensors"]):
+        return None
+    tensors = [context.weight(node) for node in given["mask_tensors"]]
+    rows = torch.empty(1, dtype=dtype(query), device=query.meta["val"].device).expand(1, heads, length, 1)
+    return additive_mask(given["mask"], tensors, None, None, rows, keys, fill)
 
 
 def mask_if(

@@ -147,7 +147,7 @@ class Sample:
 
         def placed(name: str, value: Tensor) -> fx.Node:
             node = graph.placeholder(name)
-            node.meta["val"] = value.to("meta")
+            node.meta["val"] = value
             values[node] = value
             return node
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from regraft.codegen.cpu import attention as lowering
+from regraft.codegen.cpu.attention_masks import additive_mask
 from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.tuning import Tuner, TuningRecord
 from regraft.ir.ops import attention
@@ -56,3 +59,18 @@ def test_documents_that_the_model_itself_makes_are_not_computed_to_measure() -> 
 
     record = measured(model, X)
     assert record.kernel == "native" and set(record.seconds) == {"native"}
+
+
+def test_a_mask_that_constants_decide_is_made_once_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "native_can", lambda given: False)
+    monkeypatch.setattr(lowering, "blocks_can", lambda context, given: False)
+    tree = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & (torch.arange(LENGTH) % 3 != 1)
+    tree = (tree | torch.eye(LENGTH, dtype=torch.bool))[None, None]
+
+    def model(x: Tensor) -> Tensor:
+        return attend(x, "dense(0)", tree)
+
+    executable = lower(captured(model, (X,)))
+    (found,) = executable(X)
+    assert relative_l2(found, model(X)) < 1e-5
+    assert not any(node.target is additive_mask for node in executable.module.graph.nodes)
