@@ -76,6 +76,12 @@ def additive_mask(
     return added.contiguous() if added.stride(-1) != 1 else added
 
 
+def fixed_sizes(given: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Heads and lengths of a site's scores, where none of them is symbolic."""
+    sizes = shape(given["query"])[1], shape(given["query"])[2], shape(given["key"])[2]
+    return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
 def _is_padding(predicate: Predicate) -> bool:
     """Whether all rows and heads see the same keys."""
     parts = predicate.operands if isinstance(predicate, And) else (predicate,)

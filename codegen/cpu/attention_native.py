@@ -23,6 +23,7 @@ from regraft.codegen.cpu.attention_masks import (
     absorbs,
     additive_mask,
     conjunction,
+    fixed_sizes,
     gets_no_weight,
     is_flag,
     mask_key,
@@ -177,7 +178,7 @@ def take_apart(context: Context, given: dict[str, Any]) -> Parts:
             keys.append(part)
         elif most_spans(conjunction([*seen, part]), conditions) <= MOST_SPANS:
             seen.append(part)
-        elif tensors_of(part) <= constants and _sizes(given) is not None:
+        elif tensors_of(part) <= constants and fixed_sizes(given) is not None:
             known.append(part)
         elif has_spans(part, conditions):
             runs.append(part)
@@ -199,15 +200,9 @@ def _is_condition(tensor: fx.Node) -> bool:
     return len(shape(tensor)) > 0 and size_equal(shape(tensor)[-1], 1)
 
 
-def _sizes(given: dict[str, Any]) -> tuple[int, int, int] | None:
-    """Heads and lengths, where none of them is symbolic."""
-    sizes = shape(given["query"])[1], shape(given["query"])[2], shape(given["key"])[2]
-    return sizes if all(isinstance(size, int) for size in sizes) else None
-
-
 def _known_table(context: Context, given: dict[str, Any], seen: Predicate, known: Predicate) -> Tensor | None:
     """The spans of a mask that is known now, constants included; None where they are many, or tensors are unknown."""
-    sizes, both = _sizes(given), conjunction([seen, known])
+    sizes, both = fixed_sizes(given), conjunction([seen, known])
     nodes = given["mask_tensors"]
     if sizes is None or any(not _is_constant(context, nodes[number]) for number in tensors_of(both)):
         return None
@@ -344,23 +339,17 @@ def sample_runs(context: Context, given: dict[str, Any], form: AttentionShape) -
     return {"sdpa": lambda: attend_sdpa(query, key, value, mask, causal, scale, grouped), **native}
 
 
-def _tensors_decide(context: Context, given: dict[str, Any]) -> bool:
-    """Whether what is in tensors decides which spans of keys a site's rows see."""
-    parts = take_apart(context, given)
-    return not isinstance(parts.runs, Everything) or not isinstance(parts.known, Everything)
-
-
 def _sample_masks(
     context: Context, given: dict[str, Any], form: AttentionShape, query: Tensor, key: Tensor
 ) -> tuple[Tensor | None, bool, Tensor | None, Tensor | None] | None:
     """The mask of PyTorch's attention and whether it is the causal flag; mask and spans of the native kernel. None
-    where the example inputs do not tell."""
-    if _tensors_decide(context, given) and not form.has_bias:
-        tensors = _example_tensors(context, given["mask_tensors"])
+    where the example inputs do not tell, or a bias is added besides."""
+    parts = take_apart(context, given)
+    if not isinstance(parts.runs, Everything) or not isinstance(parts.known, Everything):
+        tensors = None if form.has_bias else _example_tensors(context, given["mask_tensors"])
         if tensors is None:
             return None
         exact = additive_mask(form.mask, tensors, None, None, query, form.keys, -math.inf)
-        parts = take_apart(context, given)
         seen = str(conjunction([parts.spans, parts.known, parts.runs]))
         table, added = spans_or_mask(seen, str(parts.keys), tensors, query, key)
         return exact, False, added, table

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from regraft.codegen.cpu.attention_masks import absorbs, additive_mask, gets_no_weight, is_flag, mask_key, without_keys
+from regraft.codegen.cpu.attention_masks import (
+    absorbs,
+    additive_mask,
+    fixed_sizes,
+    gets_no_weight,
+    is_flag,
+    mask_key,
+    without_keys,
+)
 from regraft.codegen.cpu.context import Context
 from regraft.ir.mask import (
     Predicate,
@@ -162,12 +170,12 @@ def _mask_node(context: Context, given: dict[str, Any], query: fx.Node, padded: 
 
 def _known_mask(context: Context, given: dict[str, Any], fill: float) -> Tensor | None:
     """The mask of a site that constants alone decide, made now; None for any other, and for one of many scores."""
-    query, key = given["query"], given["key"]
-    heads, length, keys = shape(query)[1], shape(query)[2], shape(key)[2]
-    if not (isinstance(heads, int) and isinstance(length, int) and isinstance(keys, int)):
+    query, sizes = given["query"], fixed_sizes(given)
+    if sizes is None or math.prod(sizes) > _LARGEST_KNOWN:
         return None
-    if heads * length * keys > _LARGEST_KNOWN or not all(context.is_weight(node) for node in given["mask_tensors"]):
+    if not all(context.is_weight(node) for node in given["mask_tensors"]):
         return None
+    heads, length, keys = sizes
     tensors = [context.weight(node) for node in given["mask_tensors"]]
     rows = torch.empty(1, dtype=dtype(query), device=query.meta["val"].device).expand(1, heads, length, 1)
     return additive_mask(given["mask"], tensors, None, None, rows, keys, fill)

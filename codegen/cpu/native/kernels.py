@@ -4,6 +4,8 @@ looked at; what only some need, when one does: a build takes the processor from 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from types import ModuleType
 
 from regraft.codegen.cpu.native import attention, experts, linear, panels, rowwise, tape, tokens
 from regraft.codegen.cpu.native.library import NativeLibrary
@@ -15,16 +17,14 @@ def _check(library: ctypes.CDLL) -> str:
     return attention.check(library)
 
 
-def _check_experts(library: ctypes.CDLL) -> str:
-    experts.declare(library)
-    return ""
+def _declared(part: ModuleType) -> Callable[[ctypes.CDLL], str]:
+    def check(library: ctypes.CDLL) -> str:
+        part.declare(library)
+        return ""
 
-
-def _check_tokens(library: ctypes.CDLL) -> str:
-    tokens.declare(library)
-    return ""
+    return check
 
 
 NATIVE = NativeLibrary(("product.cpp", "attention.cpp", "rowwise.cpp", "linear.cpp", "tape.cpp"), _check)
-EXPERTS = NativeLibrary(("experts.cpp",), _check_experts, NATIVE)
-TOKENS = NativeLibrary(("tokens.cpp",), _check_tokens, NATIVE)
+EXPERTS = NativeLibrary(("experts.cpp",), _declared(experts), NATIVE)
+TOKENS = NativeLibrary(("tokens.cpp",), _declared(tokens), NATIVE)

@@ -4,6 +4,7 @@ put back."""
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ def lower_tokens(program: Program, report: RegionReport) -> None:
         lowering(program, report).run([node for node in program.graph.nodes if node.target is target])
 
 
-class _Sites:
+class _Sites(ABC):
     """The sites of one operator. Those of one key have the same kernel."""
 
     gain = ""
@@ -59,21 +60,21 @@ class _Sites:
                 self.report.placed.append(Placed(kernel.name, names, self.gain, user_line(node)))
                 self.place(node, kernel)
 
+    @abstractmethod
     def key(self, node: fx.Node) -> Any:
         """What the text of a site's kernel depends on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def emit(self, key: Any, node: fx.Node, origins: tuple[Origin, ...]) -> Kernel:
         """The kernel of sites that are alike, of which ``node`` is one."""
-        raise NotImplementedError
 
     def members(self, node: fx.Node) -> list[fx.Node]:
         """The calls that the kernel of a site stands for."""
         return [node]
 
+    @abstractmethod
     def place(self, node: fx.Node, kernel: Kernel) -> None:
         """Put the kernel's call in the place of a site."""
-        raise NotImplementedError
 
     def call(self, before: fx.Node, kernel: Kernel, args: tuple[Any, ...], value: Any) -> fx.Node:
         """A call of a kernel."""
