@@ -91,26 +91,8 @@ def compile(
     (another rank could not compile).
     """
     spending = _spending(budget, calibration, experts, toolchain)
-    if experts is not None and toolchain is not None:
-        raise OptionError("experts and toolchain were given, and a toolchain brings its own passes; give one of them")
-    if unpad and (experts is not None or toolchain is not None or budget is not None):
-        raise OptionError("unpad was given with experts, a toolchain or a budget, and goes with none of them yet")
-    if verify not in VERIFY:
-        raise OptionError(f"verify={verify!r} was given; choose one of {', '.join(map(repr, VERIFY))}")
-    if isinstance(dynamic, (str, int, float)) and not isinstance(dynamic, bool):
-        raise OptionError(
-            f"dynamic={dynamic!r} was given; give None, True, or a specification as torch.export takes it"
-        )
-    if isinstance(model, CompiledModule):
-        raise CaptureError("the model is compiled already; compile the original, it is in its attribute `original`")
-    if not isinstance(model, (nn.Module, ExportedProgram)):
-        raise CaptureError(
-            f"a {type(model).__name__} was given as the model; give an nn.Module, an ExportedProgram or a GraphModule"
-        )
-    if isinstance(model, nn.Module) and model.training and not isinstance(model, torch.fx.GraphModule):
-        raise CaptureError(
-            f"{type(model).__name__} is in training mode, and regraft compiles for inference; call model.eval() first"
-        )
+    _check_options(verify, dynamic, budget, experts, toolchain, unpad)
+    _check_model(model)
     inputs = call_inputs(example_inputs, kwargs)
     NATIVE.start()  # built beside the capture, where it was not built before
     placement = None if experts is None else _placement(experts)
@@ -205,6 +187,34 @@ def call_inputs(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[
         f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional inputs or a dict "
         "of keyword inputs"
     )
+
+
+def _check_options(verify: Any, dynamic: Any, budget: Any, experts: Any, toolchain: Any, unpad: bool) -> None:
+    """Raises ``OptionError`` for options of ``compile`` that are unknown or do not go together."""
+    if experts is not None and toolchain is not None:
+        raise OptionError("experts and toolchain were given, and a toolchain brings its own passes; give one of them")
+    if unpad and (experts is not None or toolchain is not None or budget is not None):
+        raise OptionError("unpad was given with experts, a toolchain or a budget, and goes with none of them yet")
+    if verify not in VERIFY:
+        raise OptionError(f"verify={verify!r} was given; choose one of {', '.join(map(repr, VERIFY))}")
+    if isinstance(dynamic, (str, int, float)) and not isinstance(dynamic, bool):
+        raise OptionError(
+            f"dynamic={dynamic!r} was given; give None, True, or a specification as torch.export takes it"
+        )
+
+
+def _check_model(model: Any) -> None:
+    """Raises ``CaptureError`` for what cannot be compiled."""
+    if isinstance(model, CompiledModule):
+        raise CaptureError("the model is compiled already; compile the original, it is in its attribute `original`")
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        raise CaptureError(
+            f"a {type(model).__name__} was given as the model; give an nn.Module, an ExportedProgram or a GraphModule"
+        )
+    if isinstance(model, nn.Module) and model.training and not isinstance(model, torch.fx.GraphModule):
+        raise CaptureError(
+            f"{type(model).__name__} is in training mode, and regraft compiles for inference; call model.eval() first"
+        )
 
 
 def _spending(budget: Any, calibration: Any, experts: Any, toolchain: Any) -> Spending | None:
