@@ -50,9 +50,7 @@ def reference(
         scores = scores.nan_to_num(0.0, 0.0, 0.0)
     inner = torch.zeros_like(finite)
     inner[:, prefix : tokens - suffix] = True
-    wide = wide.masked_fill(~finite[..., None], 0.0)
-    length = wide.norm(dim=-1, keepdim=True)
-    wide = wide / torch.where(length > 0, length, 1.0)
+    wide = _unit(wide.masked_fill(~finite[..., None], 0.0))
     padded = padded & inner
     free = inner & finite & ~padded
     rank, target = MATCHINGS[matching](Candidates(wide, scores, free, padded, remove, prefix, causal, margin))
@@ -61,6 +59,15 @@ def reference(
     if matching in PAIRED:  # the last resort, for a sample most of whose tokens have no partner
         rank = rank.masked_fill(inner & (rank == NEVER) & ~_is_target(target), 2 * _ODD)
     return _indices(rank, target.masked_fill(~free, -1), remove)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Finite rows of length one, or zero. Squares leave the range of fp32 long before numbers do: rows are multiplied
+    by a power of two first, which brings the largest number near one and rounds nothing."""
+    exponent = rows.abs().amax(-1, keepdim=True).frexp().exponent.clamp(-125, 125)
+    rows = rows * torch.exp2(-exponent.to(rows.dtype))
+    length = rows.norm(dim=-1, keepdim=True)
+    return rows / torch.where(length > 0, length, 1.0)
 
 
 def _is_target(target: Tensor) -> Tensor:

@@ -55,7 +55,18 @@ extern "C" int64_t regraft_plan_workspace(int64_t batch, int64_t tokens, int64_t
     return batch * sample_floats(s);
 }
 
-static bool is_finite(float x) { return x - x == 0; }
+constexpr uint32_t MAGNITUDE = 0x7fffffff, INFINITE = 0x7f800000;
+
+// The power of two that brings a number, given by its bits, near one: squares of what is multiplied by it stay in range,
+// and nothing is rounded.
+static float scale_of(uint32_t bits) {
+    uint32_t exponent = bits >> 23;
+    exponent = 254 - (exponent < 2 ? 2 : exponent > 252 ? 252 : exponent);
+    bits = exponent << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return scale;
+}
 
 // The metric of one token, of length one or zero, into its row or column. A token that is not finite is not free.
 static void compare_by(const Plan &s, const Sample &to, int64_t b, int64_t token, float *mean) {
@@ -64,20 +75,19 @@ static void compare_by(const Plan &s, const Sample &to, int64_t b, int64_t token
     for (int64_t d = 0; d < s.width; d++) mean[d] = from[d];
     for (int64_t h = 1; h < s.heads; h++)
         for (int64_t d = 0; d < s.width; d++) mean[d] += from[h * s.metric_strides[1] + d];
-    float square = 0;
-    for (int64_t d = 0; d < s.width; d++) mean[d] /= (float)s.heads, square += mean[d] * mean[d];
-    bool finite = true;
-    for (int64_t d = 0; d < s.width; d++) finite &= is_finite(mean[d]);
-    float length = __builtin_sqrtf(square);
-    if (!is_finite(length) || length == 0) {  // squares that leave the range: as PyTorch's norm has it
-        float largest = 0;
-        for (int64_t d = 0; d < s.width; d++) largest = __builtin_fmaxf(largest, __builtin_fabsf(mean[d]));
-        if (largest == 0 || !finite) largest = 1;
-        square = 0;
-        for (int64_t d = 0; d < s.width; d++) square += (mean[d] / largest) * (mean[d] / largest);
-        length = largest * __builtin_sqrtf(square);
+    uint32_t largest = 0;  // bits: magnitudes are ordered as these are, and what is not finite comes last
+    for (int64_t d = 0; d < s.width; d++) {
+        uint32_t bits;
+        mean[d] /= (float)s.heads;
+        memcpy(&bits, mean + d, sizeof bits);
+        bits &= MAGNITUDE;
+        largest = bits > largest ? bits : largest;
     }
-    if (length == 0 || !finite) length = 1;
+    bool finite = largest < INFINITE;
+    float square = 0, scale = scale_of(largest);
+    for (int64_t d = 0; d < s.width; d++) mean[d] *= scale, square += mean[d] * mean[d];
+    float length = __builtin_sqrtf(square);
+    if (length == 0) length = 1;
     float *out = step == 1 ? to.rows + place / 2 * s.width
                            : to.panels + place / 2 / PANEL * PANEL * s.width + place / 2 % PANEL;
     for (int64_t d = 0; d < s.width; d++) out[d * step] = finite ? mean[d] / length : 0;

@@ -51,6 +51,11 @@ class PlanSpec:
         return self.matching in ("bipartite", "energy", "distinct")
 
     @property
+    def scales(self) -> bool:
+        """Whether squares of the metric's numbers can leave the range of fp32: those of fp16 cannot."""
+        return self.compares and self.dtype != torch.float16
+
+    @property
     def operands(self) -> tuple[str, ...]:
         """The operator's arguments in order."""
         found = ["metric", *(["scores"] if self.scores else []), *(["keep"] if self.keep else [])]

@@ -71,6 +71,20 @@ def test_the_plan_of_a_sample_is_its_own(case: tuple[str, Tensor, Tensor, int, i
         assert all(torch.equal(part[row : row + 1], own) for part, own in zip(together, alone, strict=True))
 
 
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(cases(), st.integers(0, 99))
+def test_lengths_play_no_part_not_even_where_squares_leave_the_range(
+    case: tuple[str, Tensor, Tensor, int, int, int], seed: int
+) -> None:
+    matching, metric, keep, remove, prefix, suffix = case
+    generator = torch.Generator().manual_seed(seed)
+    scaled = metric * 2.0 ** torch.randint(-100, 120, (*metric.shape[:2], 1), generator=generator)
+    scores = torch.randn(metric.shape[:2], generator=generator)
+    options = {"remove": remove, "matching": matching, "prefix": prefix, "suffix": suffix}
+    plain, other = (ops.plan_merge(value, scores, keep, **options) for value in (metric, scaled))
+    assert all(torch.equal(own, wanted) for own, wanted in zip(other, plain, strict=True))
+
+
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("matching", sorted(MATCHINGS))
 def test_no_matching_removes_all_tokens_between_the_ends(matching: str, prefix: int) -> None:

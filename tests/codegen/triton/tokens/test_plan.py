@@ -94,6 +94,17 @@ def test_padding_and_what_is_no_number_come_first_or_last(run: Run, matching: st
     compare(run, spec, operands(spec, Case(batch=3, hidden=8, broken=6, prefix=2, suffix=3)))
 
 
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("matching", ["bipartite", "energy", "distinct"])
+def test_lengths_whose_squares_leave_the_range(run: Run, matching: str, heads: bool) -> None:
+    spec = spec_of(matching, heads=heads)
+    given = operands(spec, Case(broken=2))
+    exponents = torch.randint(
+        -35, 36, (2, *(1 for _ in range(heads)), 37, 1), generator=torch.Generator().manual_seed(1)
+    )
+    compare(run, spec, given | {"metric": given["metric"] * 10.0**exponents})
+
+
 @pytest.mark.parametrize("matching", ["bipartite", "energy"])
 def test_only_into_later_tokens(run: Run, matching: str) -> None:
     spec = spec_of(matching, causal=True)

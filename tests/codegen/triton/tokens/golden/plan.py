@@ -65,17 +65,25 @@ def mean_of_heads(
 
 
 @triton.jit
-def described(metric_rows, places, inside, stride_token, stride_column, BLOCK_K: tl.constexpr):
-    """The lengths of some tokens, and whether all their numbers are finite."""
+def largest_bits(metric_rows, places, inside, stride_token, stride_column, BLOCK_K: tl.constexpr):
+    """The bits of the largest number of some tokens: magnitudes are ordered as these are, what is not finite last."""
+    largest = tl.zeros(places.shape, tl.int32)
+    for start in range(0, WIDTH, BLOCK_K):
+        tile = load_tile(metric_rows, places, inside, start, stride_token, stride_column, BLOCK_K)
+        bits = tile.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.maximum(largest, tl.max(bits, 1))
+    return largest
+
+
+@triton.jit
+def lengths_of(metric_rows, places, inside, stride_token, stride_column, BLOCK_K: tl.constexpr):
+    """The lengths of some tokens."""
     square = tl.zeros(places.shape, tl.float32)
-    odd = tl.zeros(places.shape, tl.int32)
     for start in range(0, WIDTH, BLOCK_K):
         tile = load_tile(metric_rows, places, inside, start, stride_token, stride_column, BLOCK_K)
         tile = tile.to(tl.float32)
-        odd += tl.sum((tl.abs(tile) < float("inf")).to(tl.int32), 1) - BLOCK_K
         square += tl.sum(tile * tile, 1)
-    finite = odd == 0
-    return tl.sqrt_rn(tl.where(finite, square, 0.0)), finite
+    return tl.sqrt_rn(square)
 
 
 @triton.jit
@@ -90,8 +98,7 @@ def similar(metric_rows, length_rows, rows, columns, tokens, stride_token, strid
     right_length = tl.load(length_rows + columns, mask=columns < tokens, other=0.0)
     # Not each token by its own length: of numbers that point the same way the cosine is then exactly one.
     both = left_length[:, None] * right_length[None, :]
-    known = (both > 0.0) & (both < float("inf"))
-    return tl.where(known, tl.div_rn(products, tl.where(known, both, 1.0)), 0.0)
+    return tl.where(both > 0.0, tl.div_rn(products, tl.where(both > 0.0, both, 1.0)), 0.0)
 
 
 @triton.jit
@@ -118,7 +125,7 @@ def count_ahead(value_rows, places, value, tokens, BLOCK_N: tl.constexpr):
 @triton.jit(
     do_not_specialize=["tokens", "heads", "removed", "prefix", "suffix", "metric_stride_batch", "metric_stride_head"]
 )
-def token_plan_385dc431(
+def token_plan_272a06ce(
     metric,
     kept,
     sources,
@@ -154,7 +161,7 @@ def token_plan_385dc431(
         BLOCK_K,
     )
     tl.debug_barrier()
-    length_rows = numbers + sample * 2 * tokens
+    length_rows = numbers + sample * 2 * tokens  # lengths
     rank_rows = length_rows + tokens
     state_rows = marks + sample * 4 * tokens
     gone_rows = state_rows + tokens
@@ -168,9 +175,11 @@ def token_plan_385dc431(
     for first in range(0, tokens, BLOCK_M):
         places = first + tl.arange(0, BLOCK_M)
         there = places < tokens
-        length, finite = described(metric_rows, places, there, WIDTH, 1, BLOCK_K)
+        largest = largest_bits(metric_rows, places, there, WIDTH, 1, BLOCK_K)
+        finite = largest < 0x7F800000
         inner = (places >= prefix) & (places < tokens - suffix)
         state = tl.where(inner, tl.where(finite, FREE, ODD), STAYS)
+        length = lengths_of(metric_rows, places, there, WIDTH, 1, BLOCK_K)
         tl.store(length_rows + places, length, mask=there)
         tl.store(state_rows + places, state, mask=there)
         tl.store(rank_rows + places, tl.full(places.shape, float("-inf"), tl.float32), mask=there)
@@ -239,6 +248,8 @@ def reference(metric: Tensor, remove: int, prefix: int, suffix: int) -> tuple[Te
     padded = torch.zeros_like(inner)
     free = inner & finite & ~padded
     wide = wide.masked_fill(~finite[..., None], 0.0)
+    exponent = wide.abs().amax(-1, keepdim=True).frexp().exponent.clamp(-125, 125)
+    wide = wide * torch.exp2(-exponent.float())
     length = wide.norm(dim=-1, keepdim=True)
     wide = wide / torch.where(length > 0, length, 1.0)
     cosines = wide @ wide.transpose(-1, -2)
@@ -313,7 +324,7 @@ def launch(
     mean = metric.new_empty((batch, tokens, WIDTH.value))
     block_m, block_n, block_k, warps, stages = config or tiles(metric.device)
     with torch.cuda.device_of(metric):
-        token_plan_385dc431[(batch,)](
+        token_plan_272a06ce[(batch,)](
             metric,
             kept,
             sources,
@@ -339,7 +350,7 @@ def launch(
     return kept, sources, slots
 
 
-@torch.library.custom_op("regraft_kernels::token_plan_385dc431", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::token_plan_272a06ce", mutates_args=(), device_types="cpu")
 def operator(metric: Tensor, remove: int, prefix: int, suffix: int) -> tuple[Tensor, Tensor, Tensor]:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     check(metric, remove, prefix, suffix)
