@@ -93,6 +93,20 @@ def one_bound_is_clamp(node: fx.Node, build: Builder) -> fx.Node | None:
     return build.call(aten.clamp.default, x, *((bound,) if node.target is aten.clamp_min.default else (None, bound)))
 
 
+@identity(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, exactness=Exactness.REASSOCIATED)
+def scaled_operand_is_product(node: fx.Node, build: Builder) -> fx.Node | None:
+    """add(x, y, alpha=c) is add(x, c * y), so that no rule has to ask what a sum scales; sub and rsub alike."""
+    given = arguments(node)
+    x, y, scale = given["self"], given["other"], given["alpha"]
+    if scale == 1 or not isinstance(scale, (int, float)):
+        return None
+    scaled = x if node.target is aten.rsub.Tensor else y
+    if not is_tensor(scaled) or dtype(scaled) != dtype(node):  # the product would have another type than the sum
+        return None
+    product = build.call(aten.mul.Tensor, scaled, scale)
+    return build.call(node.target, *((product, y) if scaled is x else (x, product)))
+
+
 @identity(aten.rsub.Tensor)
 def reversed_subtraction(node: fx.Node, build: Builder) -> fx.Node | None:
     """rsub(x, y) of two tensors is y - x."""
@@ -243,6 +257,7 @@ SPELLINGS = (
     plus_zero,
     times_one,
     one_bound_is_clamp,
+    scaled_operand_is_product,
     reversed_subtraction,
     masked_fill_is_where,
     negative_dim,

@@ -136,6 +136,15 @@ def other_weights(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tens
     return out
 
 
+def shifted(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """Something is added to what each expert computes."""
+    out = torch.zeros_like(x)
+    shift = torch.linspace(-1.0, 1.0, _HIDDEN)
+    for number in range(_EXPERTS):
+        out = out + (expert(number, x) + shift) * (weight * (index == number)).sum(-1, keepdim=True)
+    return out
+
+
 LOOPS = (
     example("all tokens", all_tokens),
     example("all tokens, biases", all_tokens, bias=True),
@@ -154,4 +163,5 @@ LOOPS_NEAR_MISSES = (
     example("an expert of another function", all_tokens, odd=True, reason="compute different functions"),
     example("other tokens", other_tokens, reason="does not run on the tokens that chose it"),
     example("other weights", other_weights, reason="different routers"),
+    example("a second bias", shifted, bias=True, reason="adds two biases"),
 )

@@ -29,17 +29,24 @@ aten = torch.ops.aten
 def read_linear(node: Any) -> tuple[fx.Node, Projection]:
     """``(input, projection)`` of a linear layer; raises ``Refused`` for any other node."""
     bias: Any = None
-    if is_call(node, (aten.add.Tensor,)) and is_tensor(node.args[1]) and rank(node.args[1]) == 1:
+    if _adds_bias(node):
         node, bias = node.args[:2]
     if is_call(node, (aten.linear.default,)):
         given = arguments(node)
-        source, weight, bias = given["input"], given["weight"], given["bias"] if bias is None else bias
-        return source, Projection(source, weight, bias, False)
+        if bias is not None and given["bias"] is not None:
+            raise Refused("an expert adds two biases to one product", node)
+        return given["input"], Projection(given["input"], given["weight"], bias or given["bias"], False)
     if is_call(node, (aten.matmul.default,)) and rank(node.args[1]) == 2:
         source, weight = node.args
         turned = is_call(weight, (aten.permute.default,))
         return source, Projection(source, weight.args[0] if turned else weight, bias, not turned)
     raise Refused("an expert is not made of linear layers", node)
+
+
+def _adds_bias(node: Any) -> bool:
+    if not is_call(node, (aten.add.Tensor,)) or arguments(node)["alpha"] != 1:
+        return False
+    return is_tensor(node.args[1]) and rank(node.args[1]) == 1
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,23 @@ def test_spelling(function: Callable[[Tensor], object], expected: str) -> None:
     assert canonical(function, X) == expected
 
 
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: torch.add(x, x.sin(), alpha=2), "sin(x0); mul.Tensor(0, 2); add.Tensor(x0, 1)"),
+        (lambda x: torch.sub(x, x.sin(), alpha=0.5), "sin(x0); mul.Tensor(0, 0.5); sub.Tensor(x0, 1)"),
+        (lambda x: torch.rsub(x, x.sin(), alpha=3), "sin(x0); mul.Tensor(x0, 3); sub.Tensor(0, 1)"),
+    ],
+)
+def test_what_a_sum_scales_is_a_product(function: Callable[[Tensor], object], expected: str) -> None:
+    assert canonical(function, X, tolerance=1e-6) == expected
+
+
+def test_a_scale_that_would_change_the_type_stays() -> None:
+    added = torch.arange(4)
+    assert "alpha=0.5" in canonical(lambda x: torch.add(x, added, alpha=0.5), X.half())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_constant_tensor_without_dims_is_a_number(dtype: torch.dtype) -> None:
     x = X.to(dtype)
