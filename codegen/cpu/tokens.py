@@ -24,10 +24,10 @@ aten = torch.ops.aten
 
 
 def lower_plan(context: Context, node: fx.Node) -> Lowered | None:
-    """The bipartite matching natively; a mean over heads in front of it is taken by the kernel."""
+    """The bipartite matching and greedy max-min natively; a mean over heads in front is taken by the kernel."""
     given = arguments(node)
-    keep = given["keep"]
-    plain = given["matching"] == "bipartite" and given["scores"] is None
+    keep, matching = given["keep"], given["matching"]
+    plain = matching in ("bipartite", "diverse") and given["scores"] is None
     if not plain or not _native_can(given["metric"]) or (keep is not None and dtype(keep) != torch.bool):
         return None
     heads = _heads(given["metric"])
@@ -36,7 +36,7 @@ def lower_plan(context: Context, node: fx.Node) -> Lowered | None:
         metric = context.call(aten.unsqueeze.default, metric, 1)
     shown = None if keep is None else context.value(keep)
     options = (given[name] for name in ("remove", "prefix", "suffix", "causal"))
-    return Lowered(full=context.call(plan_native, metric, shown, *options))
+    return Lowered(full=context.call(plan_native, metric, shown, *options, matching == "diverse"))
 
 
 def lower_merge(context: Context, node: fx.Node) -> Lowered | None:

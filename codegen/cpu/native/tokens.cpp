@@ -1,5 +1,5 @@
-// Fewer tokens: which go and where each goes (bipartite soft matching, Bolya et al. 2023), merging by size, rows put back;
-// and linear recurrences over tokens.
+// Fewer tokens: which go and where each goes (bipartite soft matching, Bolya et al. 2023; greedy max-min, Alvar et al.
+// 2025), merging by size, rows put back; and linear recurrences over tokens.
 //
 // Similarities are made a block of rows by a panel of columns at a time, and only the best of each row is kept: no
 // matrix of all pairs is ever in memory.
@@ -7,33 +7,35 @@
 
 constexpr int64_t ROW_BLOCK = 48, OUT_BLOCK = 16, SCAN_BLOCK = 256;
 constexpr int64_t WORTH_THREADS = 1 << 15;  // numbers
-constexpr float NEVER = -INFINITY, PADDED = -1e30f, ODD = -2e30f, LAST = 2 * ODD;  // as of regraft::plan_merge
+constexpr float NEVER = -INFINITY, PADDED = -1e30f, ODD = -2e30f, LAST = 2 * ODD, FIRST = 1e30f;  // as of plan_merge
 
 struct Plan {
     const float *metric;  // [batch, heads, tokens, width]; the mean over heads is compared
     const uint8_t *keep;  // [batch, tokens], 0 for padding; null for none
     int64_t *kept, *sources, *slots;
     float *workspace;
-    int64_t batch, heads, tokens, width, remove, prefix, suffix, causal;
+    int64_t batch, heads, tokens, width, remove, prefix, suffix, causal, diverse;
     int64_t metric_strides[3], keep_strides[2];  // batch, head, token; batch, token
 };
 
-// A sample's part of the workspace: every second token as rows, the others as panels of columns, then by token its rank,
-// two numbers for its target and two for its place in the order of ranks, twice.
+// A sample's part of the workspace: by token two numbers for its target and two for its place in the order of ranks,
+// twice, and its rank; then every second token as rows and the others as panels of columns, or, where all are compared
+// (diverse), all as one panel, and two rows of cosines.
 struct Sample {
-    float *rows, *panels, *rank;
+    float *rows, *panels, *rank, *closest, *near;
     int64_t *target, *order, *spare;
     bool *free, *wanted;
 };
 
 static int64_t inner_of(const Plan &s) { return s.tokens - s.prefix - s.suffix; }
 
-static int64_t panel_floats(const Plan &s) { return round_up(inner_of(s) / 2, PANEL) * s.width; }
-
-static int64_t sample_floats(const Plan &s) {
-    int64_t rows = ceil_div(inner_of(s), 2) * s.width;
-    return round_up(rows + panel_floats(s) + 8 * s.tokens + 2, 16);
+static int64_t panel_floats(const Plan &s) {
+    return s.diverse ? s.tokens * (s.width + 2) : round_up(inner_of(s) / 2, PANEL) * s.width;
 }
+
+static int64_t row_floats(const Plan &s) { return s.diverse ? 0 : ceil_div(inner_of(s), 2) * s.width; }
+
+static int64_t sample_floats(const Plan &s) { return round_up(row_floats(s) + panel_floats(s) + 8 * s.tokens + 2, 16); }
 
 static Sample sample_of(const Plan &s, int64_t b) {
     Sample found;
@@ -45,13 +47,16 @@ static Sample sample_of(const Plan &s, int64_t b) {
     found.free = (bool *)(found.rank + s.tokens);
     found.wanted = found.free + s.tokens;
     found.rows = found.rank + s.tokens + ceil_div(s.tokens, 2) + 1;
-    found.panels = found.rows + ceil_div(inner_of(s), 2) * s.width;
+    found.panels = found.rows + row_floats(s);
+    found.closest = found.panels + s.tokens * s.width;
+    found.near = found.closest + s.tokens;
     return found;
 }
 
-extern "C" int64_t regraft_plan_workspace(int64_t batch, int64_t tokens, int64_t width, int64_t prefix, int64_t suffix) {
+extern "C" int64_t regraft_plan_workspace(
+    int64_t batch, int64_t tokens, int64_t width, int64_t prefix, int64_t suffix, int64_t diverse) {
     Plan s = {};
-    s.tokens = tokens, s.width = width, s.prefix = prefix, s.suffix = suffix;
+    s.tokens = tokens, s.width = width, s.prefix = prefix, s.suffix = suffix, s.diverse = diverse;
     return batch * sample_floats(s);
 }
 
@@ -71,7 +76,7 @@ static float scale_of(uint32_t bits) {
 // The metric of one token, of length one or zero, into its row or column. A token that is not finite is not free.
 static void compare_by(const Plan &s, const Sample &to, int64_t b, int64_t token, float *mean) {
     const float *from = s.metric + b * s.metric_strides[0] + token * s.metric_strides[2];
-    int64_t place = token - s.prefix, step = place % 2 ? PANEL : 1;
+    int64_t place = token - s.prefix, step = s.diverse ? s.tokens : place % 2 ? PANEL : 1;
     for (int64_t d = 0; d < s.width; d++) mean[d] = from[d];
     for (int64_t h = 1; h < s.heads; h++)
         for (int64_t d = 0; d < s.width; d++) mean[d] += from[h * s.metric_strides[1] + d];
@@ -88,8 +93,9 @@ static void compare_by(const Plan &s, const Sample &to, int64_t b, int64_t token
     for (int64_t d = 0; d < s.width; d++) mean[d] *= scale, square += mean[d] * mean[d];
     float length = __builtin_sqrtf(square);
     if (length == 0) length = 1;
-    float *out = step == 1 ? to.rows + place / 2 * s.width
-                           : to.panels + place / 2 / PANEL * PANEL * s.width + place / 2 % PANEL;
+    float *out = s.diverse ? to.panels + token
+                 : step == 1 ? to.rows + place / 2 * s.width
+                             : to.panels + place / 2 / PANEL * PANEL * s.width + place / 2 % PANEL;
     for (int64_t d = 0; d < s.width; d++) out[d * step] = finite ? mean[d] / length : 0;
     bool padded = s.keep && !s.keep[b * s.keep_strides[0] + token * s.keep_strides[1]];
     to.free[token] = finite && !padded;
@@ -118,6 +124,46 @@ static void match_rows(const Plan &s, const Sample &to, int64_t first, float *sc
     }
 }
 
+// The cosines of one token with all.
+static void near_to(const Plan &s, const Sample &of, int64_t token) {
+    for (int64_t i = 0; i < s.tokens; i++) of.near[i] = 0;
+    for (int64_t d = 0; d < s.width; d++) {
+        const float *row = of.panels + d * s.tokens;
+        float own = row[token];
+        for (int64_t i = 0; i < s.tokens; i++) of.near[i] += own * row[i];
+    }
+}
+
+static void come_closer(const Plan &s, const Sample &of) {
+    for (int64_t i = 0; i < s.tokens; i++) of.closest[i] = of.near[i] > of.closest[i] ? of.near[i] : of.closest[i];
+}
+
+// Tokens are taken one by one, each time the one whose closest among those taken is farthest; their number is the rank.
+static void take_by_turns(const Plan &s, const Sample &of) {
+    int64_t last = s.tokens - s.suffix;
+    for (int64_t i = 0; i < s.tokens; i++) of.closest[i] = -FIRST;
+    for (int64_t i = 0; i < (s.prefix ? s.prefix : last); i++) {  // without a prefix: how close all others are
+        if (!s.prefix && !of.free[i]) continue;
+        near_to(s, of, i);
+        if (!s.prefix) of.near[i] = -FIRST;
+        come_closer(s, of);
+    }
+    for (int64_t i = s.prefix; i < last; i++)
+        if (of.rank[i] == PADDED) of.rank[i] = FIRST;
+    for (int64_t number = 0; number < last - s.prefix; number++) {
+        int64_t taken = -1;
+        for (int64_t i = s.prefix; i < last; i++)
+            if (of.free[i] && (taken < 0 || of.closest[i] < of.closest[taken])) taken = i;
+        if (taken < 0) return;
+        of.rank[taken] = (float)number, of.free[taken] = false;
+        near_to(s, of, taken);
+        if (number == 0 && !s.prefix)
+            memcpy(of.closest, of.near, s.tokens * sizeof(float));
+        else
+            come_closer(s, of);
+    }
+}
+
 // Tokens by falling rank, equal ones by their place: a merge sort from the bottom.
 static int64_t *by_rank(const Plan &s, const Sample &of) {
     int64_t *from = of.order, *to = of.spare;
@@ -142,7 +188,7 @@ static void choose(const Plan &s, const Sample &of, int64_t b) {
         if (i < s.prefix || i >= last) of.rank[i] = NEVER, of.target[i] = -1, of.wanted[i] = false;
     for (int64_t i = s.prefix; i < last; i++)
         if (of.target[i] >= 0) of.wanted[of.target[i]] = true;
-    for (int64_t i = s.prefix; i < last; i++)
+    for (int64_t i = s.prefix; i < last && !s.diverse; i++)
         if (of.rank[i] == NEVER && !of.wanted[i]) of.rank[i] = LAST;
     const int64_t *order = by_rank(s, of);
     int64_t *kept = s.kept + b * (s.tokens - s.remove), *sources = s.sources + b * s.remove, *slots = s.slots + b * s.tokens;
@@ -161,18 +207,22 @@ static void choose(const Plan &s, const Sample &of, int64_t b) {
 
 extern "C" void regraft_plan_merge(const Plan *given) {
     const Plan &s = *given;
-    int64_t inner = inner_of(s), blocks = ceil_div(ceil_div(inner, 2), ROW_BLOCK);
+    int64_t first = s.diverse ? 0 : s.prefix, compared = s.diverse ? s.tokens : inner_of(s);
+    int64_t blocks = s.diverse ? 0 : ceil_div(ceil_div(compared, 2), ROW_BLOCK);
 #pragma omp parallel
     {
         float *scratch = (float *)memalign(64, (ROW_BLOCK * PANEL + s.width) * sizeof(float));
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.batch * inner; i++)
-            compare_by(s, sample_of(s, i / inner), i / inner, s.prefix + i % inner, scratch);
+        for (int64_t i = 0; i < s.batch * compared; i++)
+            compare_by(s, sample_of(s, i / compared), i / compared, first + i % compared, scratch);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.batch * blocks; i++)
             match_rows(s, sample_of(s, i / blocks), i % blocks * ROW_BLOCK, scratch);
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < s.batch; b++) choose(s, sample_of(s, b), b);
+        for (int64_t b = 0; b < s.batch; b++) {
+            if (s.diverse) take_by_turns(s, sample_of(s, b));
+            choose(s, sample_of(s, b), b);
+        }
         free(scratch);
     }
 }

@@ -15,7 +15,10 @@ class _Plan(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("metric", "keep", "kept", "sources", "slots", "workspace")),
-        *((name, LONG) for name in ("batch", "heads", "tokens", "width", "remove", "prefix", "suffix", "causal")),
+        *(
+            (name, LONG)
+            for name in ("batch", "heads", "tokens", "width", "remove", "prefix", "suffix", "causal", "diverse")
+        ),
         ("metric_strides", LONG * 3),
         ("keep_strides", LONG * 2),
     )
@@ -62,7 +65,7 @@ class _Log(ctypes.Structure):
 
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the functions take and return."""
-    library.regraft_plan_workspace.argtypes = [LONG] * 5
+    library.regraft_plan_workspace.argtypes = [LONG] * 6
     library.regraft_plan_workspace.restype = LONG
     for name in (
         "regraft_plan_merge",
@@ -82,19 +85,20 @@ def plan(
     prefix: int,
     suffix: int,
     causal: bool,
+    diverse: bool = False,
 ) -> NativeCall:
-    """``regraft::plan_merge`` by the matching "bipartite". ``metric`` is ``[batch, heads, tokens, width]``, whose mean
-    over heads is compared; ``keep`` ``[batch, tokens]`` is bool."""
+    """``regraft::plan_merge`` by the matching "bipartite", or "diverse". ``metric`` is ``[batch, heads, tokens,
+    width]``, whose mean over heads is compared; ``keep`` ``[batch, tokens]`` is bool."""
     batch, heads, tokens, width = metric.shape
     kept, sources, slots = (
         torch.empty((batch, size), dtype=torch.int64, device=metric.device)
         for size in (tokens - remove, remove, tokens)
     )
     metric = rows_of(metric)
-    floats = library.regraft_plan_workspace(batch, tokens, width, prefix, suffix)
+    floats = library.regraft_plan_workspace(batch, tokens, width, prefix, suffix, int(diverse))
     workspace = torch.empty(floats, dtype=torch.float32, device=metric.device)
     values = (
-        batch, heads, tokens, width, remove, prefix, suffix, int(causal),
+        batch, heads, tokens, width, remove, prefix, suffix, int(causal), int(diverse),
         metric.stride()[:3], (0, 0) if keep is None else keep.stride(),
     )  # fmt: skip
     made = (kept, sources, slots, workspace)

@@ -26,7 +26,7 @@ def test_a_reduced_program_computes_the_same_lowered(kind: str) -> None:
     assert relative(lower(program)(*program.example)[0], outputs(program)[0]) <= 1e-5
 
 
-@pytest.mark.parametrize("method", ["tome-stream", "pitome", "evit", "prune-flow", "dart"])
+@pytest.mark.parametrize("method", ["tome-stream", "pitome", "evit", "prune-flow", "dart", "divprune"])
 def test_every_kind_of_method_can_be_lowered(method: str) -> None:
     program = capture(ClassToken(tiny("vit")), tuple(images().values()))
     default_pipeline("cpu", tokens=(ReduceTokens(3, method),)).run(program, Session(verify="off"))

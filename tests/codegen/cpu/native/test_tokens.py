@@ -21,13 +21,14 @@ Case = tuple[Tensor, Tensor | None, int, int, int, bool]
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, matching: str = "bipartite", narrowest: int = 1) -> Case:
     """A metric ``[batch, heads, tokens, width]`` as projections lie in memory, and what to do with it."""
     batch, heads, tokens = (draw(st.integers(1, most)) for most in (3, 3, 270))
-    width = draw(st.integers(3, 40) | st.just(1))  # in a plane, many cosines differ from one by less than is rounded
+    # in a plane, many cosines differ from one by less than is rounded; on a line all are one
+    width = draw(st.integers(3, 40) | st.just(1) if narrowest == 1 else st.integers(narrowest, 40))
     prefix = draw(st.integers(0, min(2, tokens)))
     suffix = draw(st.integers(0, min(2, tokens - prefix)))
-    remove = draw(st.integers(0, most_removable(tokens, "bipartite", prefix, suffix)))
+    remove = draw(st.integers(0, most_removable(tokens, matching, prefix, suffix)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     metric = torch.randn(batch, tokens, heads, width, generator=generator)
     if draw(st.booleans()):  # squares of such numbers leave the range of fp32
@@ -54,6 +55,15 @@ def test_plans_and_merges_are_those_of_the_definition(case: Case) -> None:
         assert torch.equal(total, counted)
     assert torch.equal(unmerge_native(merged, plan[2]), unmerge_reference(merged, plan[2]))
     torch.testing.assert_close(log_native(total), total.log(), rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(cases("diverse", 16))
+def test_tokens_are_taken_by_turns_as_in_the_definition(case: Case) -> None:
+    metric, keep, remove, prefix, suffix, _ = case
+    plan = plan_native(metric, keep, remove, prefix, suffix, False, True)
+    expected = plan_reference(metric.mean(1), None, keep, remove, "diverse", prefix, suffix, False, 0.0)
+    assert all(torch.equal(own, other) for own, other in zip(plan, expected, strict=True))
 
 
 @settings(max_examples=20, derandomize=True, deadline=None)
