@@ -5,15 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from regraft.codegen.cpu.attention_blocks import blocks_can, lower_blocks
-from regraft.codegen.cpu.attention_native import (
-    lower_native,
-    lower_native_map,
-    measurable,
-    native_can,
-    native_can_map,
-    sample_runs,
-    shape_of,
-)
+from regraft.codegen.cpu.attention_measured import measurable, sample, shape_of
+from regraft.codegen.cpu.attention_native import lower_native, lower_native_map, native_can, native_can_map
 from regraft.codegen.cpu.attention_sdpa import has_flag, lower_reference, lower_sdpa, sdpa_can
 from regraft.codegen.cpu.context import Context
 from regraft.codegen.cpu.tuning import Tuner
@@ -25,9 +18,9 @@ def lower_attention(context: Context, node: fx.Node, tuner: Tuner) -> fx.Node:
     in blocks of rows where a mask of all scores would be large, and what neither can express the definition."""
     given = arguments(node)
     native, sdpa = native_can(given), sdpa_can(given)
-    if native and sdpa and measurable(given):
-        form = shape_of(given)
-        native = tuner.choose_attention(form, lambda: sample_runs(context, given, form)) == "native"
+    if native and sdpa and measurable(context, given):
+        form = shape_of(context, given)
+        native = tuner.choose_attention(form, lambda: sample(context, given, form)) == "native"
     if native:
         return lower_native(context, given)
     if not (sdpa and has_flag(given)) and blocks_can(context, given):

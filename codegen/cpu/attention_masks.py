@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from regraft.ir.mask import CAUSAL, And, Everything, Keys, Predicate, parse, to_dense
+from regraft.codegen.cpu.context import Context
+from regraft.ir import ops
+from regraft.ir.mask import CAUSAL, And, Everything, Keys, Predicate, parse, to_broadcast
 from regraft.ir.mask.predicate import tensors_of
-from regraft.ir.nodes import dtype, shape, size_equal
+from regraft.ir.nodes import arguments, dtype, rank, shape, size_equal
+
+aten = torch.ops.aten
 
 #: A score that is added to a number this low is lost, in fp32 too: adding it is writing it.
 _ABSORBS = -1e30
@@ -69,9 +74,9 @@ def additive_mask(
         places = torch.arange(key_length, device=query.device) - torch.arange(length, device=query.device)[:, None]
         added = added + slopes.reshape(-1, 1, 1) * places
     if not isinstance(predicate, Everything):
-        rows, heads = (1, 1) if _is_padding(predicate) else (length, query.shape[1])
-        allowed = to_dense(predicate, tensors, query.shape[0], heads, rows, key_length, query.device)
-        added = added.masked_fill(~allowed, fill)
+        rows = 1 if _is_padding(predicate) else length
+        allowed = to_broadcast(predicate, tensors, query.shape[1], rows, key_length, query.device)
+        added = torch.where(allowed, added, fill)
     added = added.to(query.dtype)
     return added.contiguous() if added.stride(-1) != 1 else added
 
@@ -80,6 +85,33 @@ def fixed_sizes(given: dict[str, Any]) -> tuple[int, int, int] | None:
     """Heads and lengths of a site's scores, where none of them is symbolic."""
     sizes = shape(given["query"])[1], shape(given["query"])[2], shape(given["key"])[2]
     return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def appended(given: dict[str, Any]) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
+    """Keys, what is appended to them, values and what is appended, where a site's keys and values are joined in two
+    pieces that attention alone reads: a cache and new tokens."""
+    joined = [node for node in (given["key"], given.get("value")) if isinstance(node, fx.Node)]
+    if len(joined) < 2 or any(node.target is not aten.cat.default for node in joined):
+        return None
+    if any(user.target not in (ops.attention, ops.attention_mapped) for node in joined for user in node.users):
+        return None
+    parts = [arguments(node) for node in joined]
+    pieces = [piece for part in parts for piece in part["tensors"]]
+    if any(len(part["tensors"]) != 2 or part["dim"] not in (2, -2) for part in parts):
+        return None
+    if any(rank(piece) != 4 or dtype(piece) != torch.float32 for piece in pieces):
+        return None
+    return tuple(pieces) if size_equal(shape(pieces[0])[2], shape(pieces[2])[2]) else None
+
+
+def key_length(context: Context, given: dict[str, Any]) -> int | fx.Node:
+    """The number of a site's keys, in the lowered graph where it is symbolic."""
+    size, pieces = shape(given["key"])[2], appended(given)
+    if isinstance(size, int):
+        return size
+    parts = [given["key"]] if pieces is None else pieces[:2]
+    counts = [context.call(aten.sym_size.int, context.value(part), 2) for part in parts]
+    return counts[0] if pieces is None else context.call(operator.add, *counts)
 
 
 def _is_padding(predicate: Predicate) -> bool:

@@ -81,5 +81,5 @@ def attend_packed(
     if spans is None:
         options = length, scale, mask, mask_fill, empty_rows, softcap
         return reference(query, key, value, index, offsets, present, *options)
-    out: Tensor = attend_native(query, key, value, None, None, None, scale, softcap, spans, empty_rows)
+    out: Tensor = attend_native(query, key, value, None, None, None, scale, softcap, spans, None, empty_rows)
     return out

@@ -22,6 +22,7 @@ from regraft.codegen.cpu.attention_masks import (
     fixed_sizes,
     gets_no_weight,
     is_flag,
+    key_length,
     mask_key,
     without_keys,
 )
@@ -153,9 +154,7 @@ def _mask_node(context: Context, given: dict[str, Any], query: fx.Node, padded: 
     def make() -> fx.Node:
         bias, slopes = (None if given[name] is None else context.value(given[name]) for name in ("bias", "slopes"))
         fill = given["mask_fill"] if absorbs(given["mask_fill"]) else -math.inf
-        length = shape(given["key"])[-2]
-        if not isinstance(length, int):
-            length = context.call(aten.sym_size.int, context.value(given["key"]), 2)
+        length = key_length(context, given)
         known = _known_mask(context, given, fill) if padded is True and bias is None and slopes is None else None
         if known is not None:
             return context.bind(known, "mask")

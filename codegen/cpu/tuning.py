@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from regraft.codegen.cpu.attention_native import AttentionShape
+from regraft.codegen.cpu.attention_measured import AttentionShape, Sample
 from regraft.codegen.cpu.context import Emitter
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
 from regraft.codegen.timing import best_in_turn
@@ -99,9 +99,9 @@ class Tuner:
         """The name of the kernel for ``shape``; measured with ``weight`` when it is not known yet."""
         return self._decide(shape, lambda: self._measure_linear(shape, weight))
 
-    def choose_attention(self, shape: AttentionShape, runs: Callable[[], Mapping[str, Callable[[], Any]]]) -> str:
-        """The name of the kernel for ``shape``; ``runs`` gives each on sample tensors where it is not known yet."""
-        return self._decide(shape, lambda: self._measure_attention(runs()))
+    def choose_attention(self, shape: AttentionShape, sample: Callable[[], Sample]) -> str:
+        """The name of the kernel for ``shape``; ``sample`` gives each on sample tensors where it is not known yet."""
+        return self._decide(shape, lambda: self._measure_attention(shape, sample()))
 
     def _decide(self, shape: Shape, measure: Callable[[], tuple[str, dict[str, float]]]) -> str:
         key = (shape, torch.get_num_threads())
@@ -156,11 +156,14 @@ class Tuner:
             give_back()
         return _best(seconds), seconds
 
-    def _measure_attention(self, runs: Mapping[str, Callable[[], Any]]) -> tuple[str, dict[str, float]]:
-        """Keys and values come from the layer before: nothing is cold."""
-        for run in runs.values():
+    def _measure_attention(self, shape: AttentionShape, sample: Sample) -> tuple[str, dict[str, float]]:
+        """Keys and values come from the layer before: nothing is cold. A mask that calls make is made once for all
+        sites that share it: each bears its part."""
+        for run in sample.runs.values():
             run()
-        seconds = _interleaved(runs)
+        seconds = _interleaved(sample.runs)
+        for name, taken in _interleaved(sample.makes).items():
+            seconds[name] += taken / shape.sharing
         return _best(seconds, _WORTH_VIEWS), seconds
 
 

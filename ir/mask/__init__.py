@@ -1,6 +1,6 @@
 """Mask algebra: what the index arithmetic which builds an attention mask means, as a predicate."""
 
-from regraft.ir.mask.evaluate import intervals, to_dense
+from regraft.ir.mask.evaluate import intervals, to_broadcast, to_dense
 from regraft.ir.mask.interpret import Interpreter, interpret
 from regraft.ir.mask.length import KEY_LENGTH, QUERY_LENGTH, Length
 from regraft.ir.mask.predicate import (
@@ -90,5 +90,6 @@ __all__ = [
     "recognize_mask",
     "simplify",
     "spans",
+    "to_broadcast",
     "to_dense",
 ]

@@ -44,6 +44,21 @@ def to_dense(
 
     ``symbols``: values of names other than ``query_len`` and ``key_len`` in the bounds.
     """
+    told = to_broadcast(predicate, tensors, heads, query_length, key_length, device, symbols)
+    return told.expand(batch, heads, query_length, key_length).clone()
+
+
+def to_broadcast(
+    predicate: Predicate,
+    tensors: Sequence[Tensor],
+    heads: int,
+    query_length: int,
+    key_length: int,
+    device: torch.device | str = "cpu",
+    symbols: Mapping[str, int] | None = None,
+) -> Tensor:
+    """The mask as ``to_dense`` has it, but a size is 1 where the predicate tells nothing apart: ``[batch or 1, heads or
+    1, query_length or 1, key_length or 1]``. It may be a view of one of the tensors."""
     sizes = {**(symbols or {}), QUERY_LENGTH: query_length, KEY_LENGTH: key_length}
     query = torch.arange(query_length, device=device)[:, None]
     key = torch.arange(key_length, device=device)[None, :]
@@ -70,8 +85,8 @@ def to_dense(
             case Band(lower, upper):
                 inside = torch.ones((1, 1), dtype=torch.bool, device=device)
                 if lower is not None:
-                    inside = inside & (key - query >= lower.evaluate(sizes))
-                return inside if upper is None else inside & (key - query <= upper.evaluate(sizes))
+                    inside = inside & (key >= query + lower.evaluate(sizes))
+                return inside if upper is None else inside & (key <= query + upper.evaluate(sizes))
             case Prefix(length):
                 return key < length.evaluate(sizes)
             case Lengths(number):
@@ -105,7 +120,8 @@ def to_dense(
                 return result
         raise TypeError(f"not a predicate: {node!r}")
 
-    return visit(predicate).expand(batch, heads, query_length, key_length).clone()
+    found = visit(predicate)
+    return found.reshape((1,) * (4 - found.dim()) + tuple(found.shape))
 
 
 def intervals(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from regraft.codegen.cpu import attention_native
+from regraft.codegen.cpu import attention_measured
 from regraft.codegen.cpu.lower import lower
 from regraft.ir import ops
 from regraft.ir.capture import capture
@@ -123,7 +123,7 @@ def test_it_is_recognised_and_equals_its_formula(case: tuple[str, Compiled]) -> 
 
 @needs_native
 def test_a_large_site_makes_no_mask_of_all_scores(case: tuple[str, Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_native, "_LARGEST_SAMPLE", 0)  # smaller ones are measured: any kernel may win
+    monkeypatch.setattr(attention_measured, "_LARGEST_SAMPLE", 0)  # smaller ones are measured: any kernel may win
     name, result = case
     if "dense" in str(SYSTEMS[name].found) or "same" in str(SYSTEMS[name].found):
         called = {getattr(node.target, "__name__", "") for node in lower(result.program).module.graph.nodes}
@@ -173,6 +173,7 @@ def test_parameter_attention_is_a_feed_forward_layer(normed_first: bool) -> None
     assert not result.attentions()
     assert result.count(aten.linear.default) + result.count(ops.linear) == 4
     assert not result.count(aten.matmul.default)
+    assert result.count(ops.rms_norm) == 2, "scores of a length are an RMSNorm"
 
 
 def test_a_length_that_the_capture_fixed_may_stand_beside_a_symbolic_batch() -> None:

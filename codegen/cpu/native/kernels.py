@@ -7,12 +7,12 @@ import ctypes
 from collections.abc import Callable
 from types import ModuleType
 
-from regraft.codegen.cpu.native import attention, experts, linear, panels, rowwise, tape, tokens
+from regraft.codegen.cpu.native import attention, experts, linear, mask, panels, rowwise, tape, tokens
 from regraft.codegen.cpu.native.library import NativeLibrary
 
 
 def _check(library: ctypes.CDLL) -> str:
-    for part in (attention, linear, panels, rowwise, tape):
+    for part in (attention, linear, mask, panels, rowwise, tape):
         part.declare(library)
     return attention.check(library)
 
@@ -25,6 +25,6 @@ def _declared(part: ModuleType) -> Callable[[ctypes.CDLL], str]:
     return check
 
 
-NATIVE = NativeLibrary(("product.cpp", "attention.cpp", "rowwise.cpp", "linear.cpp", "tape.cpp"), _check)
+NATIVE = NativeLibrary(("product.cpp", "attention.cpp", "mask.cpp", "rowwise.cpp", "linear.cpp", "tape.cpp"), _check)
 EXPERTS = NativeLibrary(("experts.cpp",), _declared(experts), NATIVE)
 TOKENS = NativeLibrary(("tokens.cpp",), _declared(tokens), NATIVE)

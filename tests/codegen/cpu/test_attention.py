@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regraft.codegen.cpu import attention as lowering
-from regraft.codegen.cpu import attention_blocks, attention_native
+from regraft.codegen.cpu import attention_blocks, attention_parts
 from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.ir.ops.attention import attention
@@ -296,15 +296,15 @@ def test_long_sites_that_the_native_kernel_does_not_take_run_in_blocks(
     assert_close(executable(*given)[0], expected, 1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_documents_in_many_pieces_fall_to_a_tensor_and_say_so(
+def test_documents_in_many_pieces_are_bits_and_say_so(
     kernel: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attention_native._say_dense.cache_clear()
-    monkeypatch.setattr(attention_native, "MOST_SPANS", 2)
-    monkeypatch.setitem(attention_native.spans.__globals__, "MOST_SPANS", 2)
+    attention_parts._say_bits.cache_clear()
+    monkeypatch.setattr(attention_parts, "MOST_SPANS", 2)
+    monkeypatch.setitem(attention_parts.spans.__globals__, "MOST_SPANS", 2)
     given, pieces = operands(2), torch.tensor([[0, 1, 0, 1, 0], [0, 0, 1, 1, 0]])
     run = compiled((*given, pieces), scale=0.5, mask="same(0,0) & keys(0)")
-    with caplog.at_level("WARNING", logger="regraft"):
+    with caplog.at_level("INFO", logger="regraft"):
         out = run(*given, pieces)
     numbers = pieces.tolist()
     assert_close(out, formula(*given, lambda b, q, k: numbers[b][q] == numbers[b][k] != 0))

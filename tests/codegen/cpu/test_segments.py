@@ -55,7 +55,7 @@ def block(graph: fx.Graph) -> Any:
     weight = graph.get_attr("weight")
     normed = call(norm_native, (x, weight, None, *EPS))
     heads = call(aten.permute.default, (call(aten.reshape.default, (normed, [2, 5, 4, 6])), [0, 2, 1, 3]))
-    mixed = call(attend_native, (heads, heads, heads, None, None, None, 0.4, 0.0, None, "nan"))
+    mixed = call(attend_native, (heads, heads, heads, None, None, None, 0.4, 0.0, None, None, "nan"))
     flat = call(aten.reshape.default, (call(aten.permute.default, (mixed, [0, 2, 1, 3])), [2, 5, 24]))
     pair = call(add_norm_native, (flat, x, None, None, *EPS))
     return call(operator.getitem, (pair, 0)), call(operator.getitem, (pair, 1))
@@ -146,7 +146,7 @@ def test_what_has_to_be_copied_first_runs_call_by_call() -> None:
 def test_an_operand_may_be_missing_in_one_call_and_there_in_the_next() -> None:
     def build(graph: fx.Graph) -> Any:
         x, mask = graph.placeholder("x"), graph.placeholder("mask")
-        mixed = graph.call_function(attend_native, (x, x, x, mask, None, None, 0.4, 0.0, None, "nan"))
+        mixed = graph.call_function(attend_native, (x, x, x, mask, None, None, 0.4, 0.0, None, None, "nan"))
         rows = graph.call_function(aten.permute.default, (mixed, [0, 2, 1, 3]))  # as they lie in memory
         return (graph.call_function(norm_native, (rows, None, None, *EPS)),)
 

@@ -52,7 +52,17 @@ def formula(
 def run(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor | None, **options: Any) -> Tensor:
     tables = [options.pop(name, None) for name in ("mask", "slopes", "sinks")]
     scale, softcap = options.pop("scale", 0.3), options.pop("softcap", 0.0)
-    return attend_native(query, key, value, *tables, scale, softcap, intervals, options.pop("empty_rows", "zero"))
+    return attend_native(
+        query,
+        key,
+        value,
+        *tables,
+        scale,
+        softcap,
+        intervals,
+        options.pop("bits", None),
+        options.pop("empty_rows", "zero"),
+    )
 
 
 def visible(intervals: Tensor, keys: int) -> Tensor:
