@@ -31,6 +31,7 @@ from regraft.passes.recognize.moe_left import DropCountChecks, ReportLeftExperts
 from regraft.passes.recognize.moe_loop import RecognizeMoeLoop
 from regraft.passes.recognize.rms_norm import RecognizeRmsNorm
 from regraft.passes.recognize.rms_norm_call import RecognizeRmsNormCall
+from regraft.passes.recognize.rms_norm_length import RecognizeRmsNormByLength
 from regraft.passes.recognize.rope import RecognizeRope
 from regraft.passes.recognize.rope_complex import RecognizeRopeComplex
 from regraft.passes.recognize.rope_pairs import RecognizeRopePairs
@@ -52,6 +53,7 @@ class RecognizeRowwise(RulePass):
         RecognizeRopeComplex(),
         RecognizeLayerNorm(),  # before RMSNorm: a centred value's RMS is an RMSNorm too
         RecognizeRmsNormCall(),
+        RecognizeRmsNormByLength(),
         RecognizeRmsNorm(),
     )
 

@@ -27,6 +27,12 @@ UNARY = (
     aten.sigmoid.default,
     aten.tanh.default,
 )
+_ACTIVATIONS: dict[Any, str] = {
+    aten.silu.default: "silu",
+    aten.relu.default: "relu",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+}
 #: Element-wise operators of two tensors of the same shape.
 BINARY = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor)
 
@@ -101,6 +107,9 @@ def _emit_norm(context: Context, node: fx.Node, source: fx.Node, optional: dict[
 
 def lower_elementwise(context: Context, node: fx.Node) -> Lowered | None:
     """Unary and same-shape binary operators stay flat when an operand is; None when nothing is flat."""
+    joined = _joined_to_norm(context, node)
+    if joined is not None:
+        return joined
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
     if rank(node) < 2 or not any(context.has_flat(operand) for operand in operands):
         return None
@@ -108,6 +117,26 @@ def lower_elementwise(context: Context, node: fx.Node) -> Lowered | None:
         return None
     args = [context.flat(arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
     return Lowered(flat=context.call(node.target, *args, **node.kwargs), fresh=True)
+
+
+def _joined_to_norm(context: Context, node: fx.Node) -> Lowered | None:
+    """An activation of a native norm that nothing else reads is computed in the norm's own pass."""
+    source, name = node.args[0], _activation(node)
+    if name is None or not isinstance(source, fx.Node) or len(source.users) != 1 or source not in context.values:
+        return None
+    held = context.values[source]
+    norm = held.full if held.flat is None else held.flat
+    if norm is None or norm.target is not norm_native or norm.users:
+        return None
+    out = context.call(norm_native, *norm.args, name)
+    return Lowered(full=out, fresh=True) if held.flat is None else Lowered(flat=out, fresh=True)
+
+
+def _activation(node: fx.Node) -> str | None:
+    """What the native kernels call a unary operator."""
+    if node.target is aten.gelu.default:
+        return "gelu" if arguments(node)["approximate"] == "none" else "gelu_tanh"
+    return _ACTIVATIONS.get(node.target)
 
 
 def _alike(node: fx.Node, operand: fx.Node) -> bool:

@@ -1,10 +1,10 @@
 // A linear layer on a weight packed into panels, with its epilogue: bias, activation, product, sum.
 //
 // Made for few rows (short prompts, decoding), where a product is as fast as its weight arrives.
+#include "activation.h"
 #include "product.h"
 
 constexpr int64_t ROW_BLOCK = 48;  // rows whose results of one panel stay in the first cache
-enum Activation { NONE, RELU, SIGMOID, TANH, SILU, GELU, GELU_TANH, QUICK_GELU, RELU_SQUARED };
 
 struct Linear {
     const float *x, *weight;  // [rows, depth], [panels, depth, PANEL]
@@ -15,23 +15,6 @@ struct Linear {
     const float *next;  // the weight that is needed after this one, in panels; null where it is not known
     int64_t next_panels, next_panel;  // their number, and the numbers that each holds
 };
-
-INLINE vec activated(vec x, int32_t activation) {
-    switch (activation) {
-    case RELU: return x < splat(0.0f) ? splat(0.0f) : x;
-    case SIGMOID: return splat(1.0f) / (splat(1.0f) + exp2_of(smaller(x * splat(-LOG2_E), splat(127.0f))));
-    case TANH: return tanh_of(x);
-    case SILU: return silu(x);
-    case GELU: return x * splat(0.5f) * (splat(1.0f) + erf_of(x * splat(0.7071067811865476f)));
-    case GELU_TANH: {
-        vec inner = splat(0.7978845608028654f) * (x + splat(0.044715f) * x * x * x);
-        return x * splat(0.5f) * (splat(1.0f) + tanh_of(inner));
-    }
-    case QUICK_GELU: return silu(x * splat(1.702f)) * splat(1 / 1.702f);
-    case RELU_SQUARED: return x < splat(0.0f) ? splat(0.0f) : x * x;
-    default: return x;
-    }
-}
 
 // The epilogue but for the bias on `rows` rows from `from`, `columns` wide, written to `to`.
 static void finish(const Linear &s, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,

@@ -1,5 +1,5 @@
 // Work on single rows: norms with or without the residual sum before them, rotary embedding, gated units.
-#include "vector.h"
+#include "activation.h"
 
 constexpr int64_t WORTH_THREADS = 1 << 15;  // elements
 
@@ -31,11 +31,11 @@ struct Norm {
     int64_t rows, size;
     Rows x_rows, residual_rows;
     float eps, offset;
-    int32_t centred;
+    int32_t centred, activation;
 };
 
 // RMSNorm: x / sqrt(mean(x^2) + eps) * (weight + offset) + bias; LayerNorm takes the mean from x first. With a residual
-// it is x + residual that is normalised.
+// it is x + residual that is normalised. An activation comes last.
 static void norm_row(const Norm &s, int64_t row) {
     const float *x = s.x + s.x_rows.place(row);
     const float *residual = s.residual ? s.residual + s.residual_rows.place(row) : nullptr;
@@ -67,6 +67,7 @@ static void norm_row(const Norm &s, int64_t row) {
         vec value = (part(from, i) - splat(mean)) * splat(inverse);
         if (s.weight) value *= part(s.weight, i) + splat(s.offset);
         if (s.bias) value += part(s.bias, i);
+        if (s.activation) value = activated(value, s.activation);
         keep(out, i, value);
     }
 }

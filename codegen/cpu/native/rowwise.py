@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regraft.codegen.cpu.native.call import FLOAT, INT, LONG, POINTER, NativeCall, rows_of
+from regraft.codegen.cpu.native.linear import ACTIVATIONS
 
 
 class _Rows(ctypes.Structure):
@@ -26,6 +27,7 @@ class _Norm(ctypes.Structure):
         ("eps", FLOAT),
         ("offset", FLOAT),
         ("centred", INT),
+        ("activation", INT),
     )
 
 
@@ -63,11 +65,12 @@ def norm(
     eps: float,
     offset: float,
     centred: bool,
+    activation: str = "none",
 ) -> NativeCall:
-    """``normed(x) * (weight + offset) + bias`` over the last dim: LayerNorm where ``centred``, else RMSNorm, which in
-    fp32 is the same in all flavours. ``x`` is ``[..., size]``, ``weight`` and ``bias`` ``[size]``."""
+    """``activation(normed(x) * (weight + offset) + bias)`` over the last dim: LayerNorm where ``centred``, else RMSNorm
+    (in fp32 all flavours are the same). ``x`` is ``[..., size]``, ``weight`` and ``bias`` ``[size]``."""
     out = x.new_empty(x.shape)
-    return _norm(x, None, weight, bias, None, out, (eps, offset, centred))
+    return _norm(x, None, weight, bias, None, out, (eps, offset, centred, ACTIVATIONS[activation]))
 
 
 def add_norm(
@@ -82,7 +85,7 @@ def add_norm(
 ) -> NativeCall:
     """``(norm of x + residual, x + residual)``, of one shape: each row is read once."""
     out = x.new_empty(x.shape)
-    return _norm(x, residual, weight, bias, torch.empty_like(out), out, (eps, offset, centred))
+    return _norm(x, residual, weight, bias, torch.empty_like(out), out, (eps, offset, centred, ACTIVATIONS["none"]))
 
 
 def _norm(
@@ -92,7 +95,7 @@ def _norm(
     bias: Tensor | None,
     total: Tensor | None,
     out: Tensor,
-    options: tuple[float, float, bool],
+    options: tuple[float, float, bool, int],
 ) -> NativeCall:
     size = x.shape[-1]
     source, x_rows = _rows(x)

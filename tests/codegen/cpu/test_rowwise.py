@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.rowwise import (
     add_norm,
     add_norm_native,
@@ -20,9 +21,11 @@ from regraft.codegen.cpu.rowwise import (
     rope_native,
     silu_glu_native,
 )
+from regraft.ir import ops
 from regraft.ir.ops.activation import ACTIVATIONS, activate
 from regraft.ir.verify import relative_l2
 from tests.codegen.cpu.support import needs_native
+from tests.support import captured
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:
@@ -83,6 +86,37 @@ def test_a_native_layer_norm(weighted: bool, size: int) -> None:
     wide = [None if tensor is None else tensor.double() for tensor in (weight, bias)]
     expected = torch.nn.functional.layer_norm(x.double(), (size,), *wide, 1e-5)
     assert relative_l2(norm_native(x, weight, bias, 1e-5, 0.0, True).double(), expected) <= 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("size", [8, 37])
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "relu", "sigmoid", "tanh"])
+def test_a_norm_with_its_activation(name: str, size: int) -> None:
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        normed = torch.nn.functional.layer_norm(x, (size,))
+        return activate(normed, name), activate(rms(x * 2), name)
+
+    def rms(x: Tensor) -> Tensor:
+        found: Tensor = ops.rms_norm(x, None, 1e-5)
+        return found
+
+    x = draw(2, 5, size)
+    executable = lower(captured(model, (x,)))
+    called = [node.target for node in executable.module.graph.nodes if node.op == "call_function"]
+    assert called.count(norm_native) == 2 and len(called) <= 3, "no call but the sum's"
+    for found, wanted in zip(executable(x), model(x.double()), strict=True):
+        assert relative_l2(found.double(), wanted) <= 2e-6
+
+
+@needs_native
+def test_a_norm_that_is_read_beside_its_activation_stays() -> None:
+    def model(x: Tensor) -> Tensor:
+        normed = torch.nn.functional.layer_norm(x, (8,))
+        return torch.nn.functional.gelu(normed) + normed
+
+    x = draw(3, 8)
+    (found,) = lower(captured(model, (x,)))(x)
+    assert relative_l2(found.double(), model(x.double())) <= 2e-6
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])

@@ -17,10 +17,11 @@ from regraft.passes.recognize.layer_norm import RecognizeLayerNorm
 from regraft.passes.recognize.layer_norm_examples import normalized
 from regraft.passes.recognize.rms_norm import RecognizeRmsNorm
 from regraft.passes.recognize.rms_norm_call import RecognizeRmsNormCall
+from regraft.passes.recognize.rms_norm_length import RecognizeRmsNormByLength
 from tests.support import apply, captured, run
 
 aten = torch.ops.aten
-RULES = (RecognizeLayerNorm(), RecognizeRmsNormCall(), RecognizeRmsNorm())
+RULES = (RecognizeLayerNorm(), RecognizeRmsNormCall(), RecognizeRmsNormByLength(), RecognizeRmsNorm())
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -128,3 +129,20 @@ def test_refusal_names_the_line_of_the_source() -> None:
     (refusal,) = session.log.refusals
     assert refusal.reason == "the mean is not over the last dimension"
     assert "rms_norm_examples.py" in refusal.user_line
+
+
+def test_a_row_scaled_to_the_root_of_its_size_is_normed_and_a_row_of_zeros_is_nan() -> None:
+    x, _ = tensors()
+    x[0, 1] = 0.0
+
+    def by_length(x: Tensor) -> Tensor:
+        return x / x.norm(2, -1, keepdim=True) * 4
+
+    program = rewritten(by_length, (x,))
+    assert [call["eps"] for call in calls(program, ops.rms_norm)] == [0.0]
+    torch.testing.assert_close(run(program, (x,)), by_length(x), equal_nan=True)
+
+
+def test_lengths_that_low_precision_rounds_stay() -> None:
+    x, _ = tensors(torch.bfloat16)
+    assert not calls(rewritten(lambda x: x / x.norm(2, -1, keepdim=True) * 4, (x,)), ops.rms_norm)
