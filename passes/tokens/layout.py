@@ -118,7 +118,11 @@ def merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
 def reshaped(layout: Layout, sizes: Sequence[Any]) -> Layout:
     """The layout after a reshape to ``sizes``. Raises ``Torn``."""
     pending = [factor for factors in layout for factor in factors]
-    result = [_take(pending, size) for size in sizes]
+    result: list[tuple[Factor, ...]] = []
+    for size in sizes:
+        if result and not is_plain(result[-1]) and not size_equal(size, 1) and _is_one_sample(pending):
+            result[-1] = (*result[-1], pending.pop(0))  # beside the tokens, as more samples would lie, not the features
+        result.append(_take(pending, size))
     if pending and result:
         if any(not size_equal(size_of(factor), 1) for factor in pending):
             raise Torn("sizes")
@@ -126,11 +130,16 @@ def reshaped(layout: Layout, sizes: Sequence[Any]) -> Layout:
     return tuple(merged(factors) for factors in result)
 
 
+def _is_one_sample(pending: Sequence[Factor]) -> bool:
+    """Whether a batch of one comes next."""
+    return bool(pending) and isinstance(pending[0], Batch) and size_equal(pending[0].size, 1)
+
+
 def _take(pending: list[Factor], size: Any) -> tuple[Factor, ...]:
     """Factors from the front of ``pending`` whose product is ``size``."""
     taken: list[Factor] = []
     rest = size
-    if size_equal(size, 1) and pending and isinstance(pending[0], Batch) and size_equal(pending[0].size, 1):
+    if size_equal(size, 1) and _is_one_sample(pending):
         return (pending.pop(0),)
     while not size_equal(rest, 1):
         if not pending:

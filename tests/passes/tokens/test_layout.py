@@ -25,6 +25,8 @@ def test_a_batch_of_one_is_not_lost() -> None:
     one = Batch(1)
     assert reshaped(((one,), (N,), (4,)), [1, 24]) == ((one,), (N, 4))
     assert reshaped(((one, N), (4,)), [6, 4]) == ((one, N), (4,))
+    assert reshaped(((N,), (one,), (2,), (4,)), [6, 8]) == ((N, one), (8,))  # where two samples would lie
+    assert reshaped(((N, one), (8,)), [6, 1, 8]) == ((N,), (one,), (8,))
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,20 @@ def test_a_symbolic_number_of_tokens_is_refused() -> None:
     }
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_sample_is_walked_as_two_are(batch: int) -> None:
+    """PyTorch's own encoder flattens batch and tokens; a batch of one is then no dim of its own."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True, norm_first=True)
+    program = recognised(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), (numbers(batch, TOKENS, WIDTH).float(),)
+    )
+    assert len(examine(program).sites) == 2
+    exact = outputs(program)[0]
+    assert ReduceTokens((3, 0)).run(program, Session(verify="off")) == 1
+    assert outputs(program)[0].shape == exact.shape and 0 < relative(outputs(program)[0], exact) < 1
+
+
 def test_nothing_is_taken_where_nothing_is_saved() -> None:
     class Last(nn.Module):
         def __init__(self) -> None:
