@@ -8,21 +8,24 @@ additions after all fusion, the same on every machine), and as measured, beside 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from rich.table import Table
 
 from bench.budget_systems import System
+from bench.timing import time_in_turn
 from regraft.budget import Budget
+from regraft.build import Executable
 from regraft.calibration import Calibration, Call, split
 from regraft.ir.capture import capture
 from regraft.ir.driver import Session
-from regraft.passes.budget.candidate import Composition
+from regraft.passes.budget.candidate import Composition, name_of
 from regraft.passes.budget.search import search
 from regraft.passes.budget.token_sites import TokenSites, find_token_sites
 from regraft.passes.pipeline import finishing, recognising
@@ -35,9 +38,10 @@ UNIFORM: dict[str, tuple[int, ...]] = {
     "minilm": (2, 4, 6, 8, 10, 12, 16),
 }
 _EQUAL = 1.001  # ratios up to which two losses are the same
-_TIMED = 2  # times that a time is measured, each the median of many turns
+_ROUNDS = 21  # in which all models are timed, one after the other
 
 UniformPoint = tuple[int, float, float]
+Name = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,18 @@ class Bench:
         recognising().run(self.recognised, Session(verify="off"))
         batches, fresh = self.system.data(self.seed)
         self.calls, self.fresh = ([Call(tuple(batch), {}) for batch in part] for part in (batches, fresh))
-        sites = find_token_sites(self.recognised)
-        assert sites is not None
-        self.sites: TokenSites = sites
+        self.sites: TokenSites = find_token_sites(self.recognised)
+
+    def uniform(self, method: str) -> dict[int, Composition]:
+        """The uniform schedules of a method by the tokens that go behind every layer."""
+        numbers = UNIFORM[self.system.name]
+        return {number: (self.sites.candidate(method, self.sites.uniform(method, number)),) for number in numbers}
+
+    def schedule(self, knob: str) -> Composition:
+        """The schedule that a report calls ``knob``."""
+        method, _, numbers = knob.partition(", ")
+        removed = tuple(map(int, numbers.partition(" of ")[0].split("+")))
+        return (self.sites.candidate(method, removed),)
 
     def rehearsal(self, calibration: Calibration, kind: type[Rehearsal], limit: float = 1.0) -> Rehearsal:
         """The system on some calls."""
@@ -100,39 +113,79 @@ class Bench:
 
 
 def compare(system: System, seed: int, by: str, seconds: float) -> Iterator[Point]:
-    """A point for each limit for which a schedule was found."""
+    """A point for each limit for which a schedule was found. All are found first, and placed together with the uniform
+    ones of their methods."""
     bench = Bench(system, seed)
+    kind = ByWork if by == "work" else Rehearsal
+    found = {limit: bench.scheduled(limit, seconds, kind) for limit in LIMITS[system.name]}
+    knobs = {limit: composition[0].knob for limit, composition in found.items() if composition is not None}
     judge = bench.rehearsal(Calibration(bench.fresh, []), Rehearsal)
-    place = _remembered(judge.work if by == "work" else lambda item: _measured(judge, item))
-    loss = _remembered(lambda item: float(judge.losses(item).mean()))
-    for limit in LIMITS[system.name]:
-        found = bench.scheduled(limit, seconds, ByWork if by == "work" else Rehearsal)
-        if found is None:
-            continue
-        method = found[0].knob.partition(",")[0]
-        own = {
-            number: (bench.sites.candidate(method, bench.sites.uniform(method, number)),)
-            for number in UNIFORM[system.name]
-        }
-        uniform = monotone([(number, loss(item), place(item)) for number, item in own.items()])
-        here = place(found)
-        yield Point(system.name, seed, by, limit, found[0].knob, loss(found), here, uniform, at(uniform, here))
+    models = _models(bench, knobs.values())
+    lost = {name: float(judge.losses(item).mean()) for name, item in models.items()}
+    rows = []
+    for limit, knob in knobs.items():
+        uniform = {number: lost[name_of(item)] for number, item in bench.uniform(_method(knob)).items()}
+        rows.append({"limit": limit, "schedule": knob, "loss": lost[name_of(bench.schedule(knob))], "uniform": uniform})
+    yield from _placed(bench, judge, by, rows)
 
 
-def _remembered(of: Callable[[Composition], float]) -> Callable[[Composition], float]:
-    known: dict[tuple[str, ...], float] = {}
-
-    def value(item: Composition) -> float:
-        key = tuple(candidate.name for candidate in item)
-        if key not in known:
-            known[key] = of(item)
-        return known[key]
-
-    return value
+def _models(bench: Bench, knobs: Iterable[str]) -> dict[Name, Composition]:
+    """Schedules by what reports call them, and the uniform ones of their methods."""
+    items = [item for knob in knobs for item in (bench.schedule(knob), *bench.uniform(_method(knob)).values())]
+    return {name_of(item): item for item in items}
 
 
-def _measured(judge: Rehearsal, item: Composition) -> float:
-    return mean(judge.ratio(item, thorough=True) for _ in range(_TIMED))
+def again(system: System, seed: int, by: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Point]:
+    """The points of a record of one system and seed with places of now: what was found and lost is taken from it."""
+    bench = Bench(system, seed)
+    judge = bench.rehearsal(Calibration(bench.fresh[:1], []), Rehearsal)
+    yield from _placed(
+        bench, judge, by, [{**row, "uniform": {number: loss for number, loss, _ in row["uniform"]}} for row in rows]
+    )
+
+
+def _placed(bench: Bench, judge: Rehearsal, by: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Point]:
+    models = _models(bench, [row["schedule"] for row in rows])
+    if by == "work":
+        place = {name: judge.work(item) for name, item in models.items()}
+    else:
+        place = in_turn(bench.entry.executable, judge, models)
+    for row in rows:
+        uniform = {number: bench.uniform(_method(row["schedule"]))[number] for number in row["uniform"]}
+        own = {name_of(item): number for number, item in uniform.items()}
+        name = name_of(bench.schedule(row["schedule"]))
+        points = monotone([(number, row["uniform"][number], place[item]) for item, number in own.items()])
+        here = next((there for number, _, there in points if number == own.get(name)), place[name])
+        yield Point(
+            bench.system.name,
+            bench.seed,
+            by,
+            row["limit"],
+            row["schedule"],
+            row["loss"],
+            here,
+            points,
+            at(points, here),
+        )
+
+
+def _method(knob: str) -> str:
+    return knob.partition(",")[0]
+
+
+def in_turn(exact: Executable, judge: Rehearsal, models: Mapping[Name, Composition]) -> dict[Name, float]:
+    """The time of each over the exact model's: the median over rounds in which every model runs in turn."""
+    built = {name: judge.executable(item) for name, item in models.items()}
+    assert all(built.values())
+    runs = {"exact": exact, **{"; ".join(name): model for name, model in built.items() if model is not None}}
+    times = time_in_turn(
+        {name: functools.partial(run, *judge.example) for name, run in runs.items()}, rounds=_ROUNDS, settle=0.0
+    )
+    beside = times["exact"].milliseconds
+    return {
+        name: median(own / exact for own, exact in zip(times["; ".join(name)].milliseconds, beside, strict=True))
+        for name in models
+    }
 
 
 def monotone(uniform: Sequence[UniformPoint]) -> list[UniformPoint]:

@@ -43,11 +43,13 @@ def time_in_turn(
     rounds: int = 15,
     warm_up: int = 3,
     shortest: float = 0.02,
+    settle: float = _SETTLE,
 ) -> dict[str, Timing]:
     """Time every callable once a round, in turn, and return its times.
 
     Short callables are repeated within a round until it lasts about `shortest` seconds. The order rotates
-    from round to round, because the one that follows a large model finds the caches cold.
+    from round to round, because the one that follows a large model finds the caches cold. Callables that all use one
+    pool of threads need no time to `settle`.
     """
     repeats: dict[str, int] = {}
     for name, call in calls.items():
@@ -62,7 +64,7 @@ def time_in_turn(
         turn = number % len(names) if names else 0
         for name in names[turn:] + names[:turn]:
             call = calls[name]
-            time.sleep(_SETTLE)
+            time.sleep(settle)
             call()
             start = time.perf_counter()
             for _ in range(repeats[name]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,20 +15,22 @@ from regraft.build import Build, Toolchain, build
 from regraft.calibration import Call, split
 from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
+from regraft.ir.nodes import user_line
 from regraft.ir.program import Program
 from regraft.passes.base import Pass
 from regraft.passes.budget.budget import Budget
-from regraft.passes.budget.candidate import Candidate, rewrites
+from regraft.passes.budget.candidate import Candidate, NotOffered, rewrites
 from regraft.passes.budget.errors import BudgetError
-from regraft.passes.budget.estimate import Estimate, estimate
+from regraft.passes.budget.estimate import Estimate, estimate, median_bound
 from regraft.passes.budget.metric import metric_name
 from regraft.passes.budget.neighbours import Space
 from regraft.passes.budget.offers import OFFERS
 from regraft.passes.budget.probing import WORTH_IT
 from regraft.passes.budget.search import Found, search
-from regraft.passes.budget.token_sites import find_token_sites
+from regraft.passes.budget.token_sites import TokenSites, find_token_sites
 from regraft.passes.budget.trials import Clock, Tried
 from regraft.passes.pipeline import default_pipeline, finishing, recognising
+from regraft.passes.refused import Refused
 from regraft.rehearsal import Rehearsal
 from regraft.report.budget import BudgetPoint, BudgetReport, Decision
 from regraft.solvers.schedule.points import front
@@ -36,6 +39,7 @@ __all__ = ["Budget", "BudgetError", "Spending", "spend"]
 
 #: The family of token schedules.
 TOKENS = "tokens"
+_SURE = 0.99  # that the finished model is faster than the exact one
 _LOG = logging.getLogger("regraft")
 
 
@@ -57,6 +61,9 @@ def spend(spending: Spending, exact: Build, model: nn.Module, target: str, verif
         made, told = _spend(spending, exact, model, target, verify)
     except BudgetError as error:
         made, told = exact, _report(budget, refused=str(error))
+    except Exception as error:  # a fault of ours must not take the exact model away
+        _LOG.debug("spending a budget failed", exc_info=True)
+        made, told = exact, _report(budget, refused=f"the search failed ({first_line(error)}); please report it")
     own = sum(made.phases.values()) if made is not exact else 0.0
     made.phases["accuracy budget"] = time.perf_counter() - started - own
     return made, told
@@ -68,52 +75,77 @@ def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, veri
     recognised = exact.before.copy()
     recognising().run(recognised, Session(verify="off"))
     rehearsal = Rehearsal(recognised, finishing(target), exact.entry, model, calibration, budget)
-    offered, failed = _offered(recognised, target)
-    candidates = [candidate for candidate in offered if budget.allows(candidate.family)]
-    sites = find_token_sites(recognised) if budget.allows(TOKENS) else None
-    found = search(rehearsal, budget, candidates, sites, clock)
-    notes = [*failed, *_missing(budget, {item.family for item in offered} | ({TOKENS} if sites is not None else set()))]
-    found.measured.notes += notes
-    if found.chosen is None and not candidates and sites is None:
-        found.why = "; ".join((found.why, *notes))
+    offered = _offered(recognised, target)
+    candidates = [candidate for candidate in offered.candidates if budget.allows(candidate.family)]
+    sites = offered.sites if budget.allows(TOKENS) else None
+    found = search(rehearsal, budget, candidates, sites, clock, offered.notes(budget))
     if found.chosen is None:
         return exact, _told(budget, found, rehearsal, None, None)
     made = _finished(exact, found.chosen, target, verify)
     held = estimate(rehearsal.held_out_by(made.entry.executable), budget.confidence, budget.is_rate)
-    ratio = rehearsal.ratio_of(made.entry.executable)
-    if not (held.within(budget.limit) and ratio <= WORTH_IT):  # it may have other kernels than when it was tried
-        found.why = (
+    ratios = rehearsal.ratios_of(made.entry.executable)
+    ratio, bound = median(ratios), median_bound(ratios, _SURE)
+    if not (held.within(budget.limit) and ratio <= WORTH_IT and bound < 1.0):
+        found.why = (  # it may have other kernels than when it was tried
             f"the finished model loses {held.mean:.2g} on held-out data and takes {ratio:.2f} of the exact model's "
-            "time, more than when it was tried"
+            f"time, {bound:.2f} at a confidence of {_SURE:g}, more than when it was tried"
         )
         return exact, _told(budget, found, rehearsal, None, None)
     found.chosen.seconds = ratio * rehearsal.exact_seconds
     return made, _told(budget, found, rehearsal, found.chosen, held)
 
 
-def _offered(recognised: Program, target: str) -> tuple[list[Candidate], list[str]]:
-    """What all offers say of a program, and what became of those that failed: they offer nothing."""
-    made: list[Candidate] = []
-    failed: list[str] = []
+@dataclass
+class _Offered:
+    """What may be done to a program: candidates and the token axis; the families that have none, and why; what became
+    of offers that failed."""
+
+    candidates: list[Candidate] = field(default_factory=list)
+    sites: TokenSites | None = None
+    declined: list[NotOffered] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def notes(self, budget: Budget) -> list[str]:
+        """What to say of the families that a budget allows, and that nothing of this model belongs to."""
+        offered = {candidate.family for candidate in self.candidates} | ({TOKENS} if self.sites is not None else set())
+        known = ", ".join(sorted(offered)) or "none"
+        unknown = set(budget.families or ()) - offered - {item.family for item in self.declined}
+        return [
+            *self.failed,
+            *(str(item) for item in self.declined if budget.allows(item.family)),
+            *(
+                f"{family}: no rewrite of this family applies to this model; those that do are {known}"
+                for family in sorted(unknown)
+            ),
+        ]
+
+
+def _offered(recognised: Program, target: str) -> _Offered:
+    """What all offers say of a program; one that fails offers nothing."""
+    made = _Offered()
     for offer in OFFERS:
         try:
-            made += list(offer(recognised, target))
-        except Exception as error:  # an offer reads programs that it has not seen
-            _LOG.debug("an offer failed", exc_info=True)
-            failed.append(
-                f"{getattr(offer, '__name__', offer)}: offered nothing, because it failed: {first_line(error)}"
-            )
-    return made, failed
+            for item in list(offer(recognised, target)):
+                if isinstance(item, Candidate):
+                    made.candidates.append(item)
+                else:
+                    made.declined.append(item)
+        except Exception as error:
+            made.failed.append(_failed(getattr(offer, "__name__", str(offer)), error))
+    try:
+        made.sites = find_token_sites(recognised)
+    except Refused as refused:
+        line = user_line(refused.node) if refused.node is not None else ""
+        made.declined.append(NotOffered(TOKENS, f"{refused.reason}{f' ({line})' if line else ''}"))
+    except Exception as error:
+        made.failed.append(_failed(TOKENS, error))
+    return made
 
 
-def _missing(budget: Budget, offered: set[str]) -> list[str]:
-    """What to say of families that were asked for, and that nothing of this model belongs to."""
-    known = ", ".join(sorted(offered)) or "none"
-    return [
-        f"{family}: no rewrite of this family applies to this model; those that do are {known}"
-        for family in budget.families or ()
-        if family not in offered
-    ]
+def _failed(offer: str, error: Exception) -> str:
+    """What to say of an offer that failed: it reads programs that nobody has seen."""
+    _LOG.debug("an offer failed", exc_info=error)
+    return f"{offer}: offered nothing, because it failed: {first_line(error)}"
 
 
 def _finished(exact: Build, chosen: Tried, target: str, verify: str) -> Build:

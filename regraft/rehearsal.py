@@ -32,6 +32,7 @@ from regraft.passes.budget.trials import Array
 _LOG = logging.getLogger("regraft")
 _TURN = 0.02  # seconds that a turn of short calls lasts
 _QUICK, _THOROUGH = (1.5, 7, 21), (2.0, 9, 31)  # seconds for all turns, the fewest and the most turns
+_PART = 0.04  # of a budget's seconds that one quick timing may take
 _LOWERED = 0.3  # seconds of the exact model's calls from which on a model is lowered to be tried
 
 
@@ -72,11 +73,11 @@ class Rehearsal:
         self._held_out = [leaves_of(call, entry) for call in calibration.held_out]
         self._references = [_reference(model, call) for call in calibration.calls]
         self._held_references = [_reference(model, call) for call in calibration.held_out]
-        self._example = list(entry.program.example)
+        self.example = list(entry.program.example)
         self._tuner = NearestTuner()
         self._tuner.remember(getattr(entry.executable, "tuning", b""))
         self._lowered: tuple[Composition, Executable] | None = None
-        self.exact_seconds = _seconds(lambda: entry.executable(*self._example))
+        self.exact_seconds = _seconds(lambda: entry.executable(*self.example))
 
     @property
     def batches(self) -> int:
@@ -95,13 +96,13 @@ class Rehearsal:
         if not composition:
             return self._entry.executable
         if number * self.exact_seconds > _LOWERED:
-            return self._executable(composition)
+            return self.executable(composition)
         program = self._rewritten(composition)
         return None if program is None else program.callable()
 
     def held_out(self, composition: Composition) -> Array:
         """By the lowered model."""
-        executable = self._executable(composition)
+        executable = self.executable(composition)
         return np.array([math.inf]) if executable is None else self.held_out_by(executable)
 
     def held_out_by(self, executable: Executable) -> Array:
@@ -134,21 +135,22 @@ class Rehearsal:
 
     def ratio(self, composition: Composition, thorough: bool = False) -> float:
         """The lowered model's time over the exact one's."""
-        executable = self._executable(composition)
+        executable = self.executable(composition)
         if executable is None:
             return math.nan
         try:
-            return self.ratio_of(executable, thorough)
+            return median(self.ratios_of(executable, thorough))
         except Exception:  # as above
             _LOG.debug("a rewritten model failed on the example inputs", exc_info=True)
             return math.nan
 
-    def ratio_of(self, executable: Executable, thorough: bool = True) -> float:
-        """The same of a finished model."""
+    def ratios_of(self, executable: Executable, thorough: bool = True) -> list[float]:
+        """The same of a finished model, by every pair of turns."""
         exact = self._entry.executable
-        return _ratio(
-            lambda: exact(*self._example), lambda: executable(*self._example), *(_THOROUGH if thorough else _QUICK)
-        )
+        seconds, fewest, most = _THOROUGH if thorough else _QUICK
+        if not thorough:
+            seconds = min(seconds, _PART * self._budget.seconds)
+        return _ratios(lambda: exact(*self.example), lambda: executable(*self.example), seconds, fewest, most)
 
     def _rewritten(self, composition: Composition) -> Program | None:
         """The recognised program with all rewrites; None where one of them cannot be made."""
@@ -160,7 +162,8 @@ class Rehearsal:
             return None
         return program if all(made) else None
 
-    def _executable(self, composition: Composition) -> Executable | None:
+    def executable(self, composition: Composition) -> Executable | None:
+        """The lowered model; None where the rewrites cannot be made."""
         if self._lowered is not None and self._lowered[0] == composition:
             return self._lowered[1]
         self._lowered = None  # two lowered models at a time: this one, and the exact one
@@ -201,8 +204,8 @@ def _turn(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def _ratio(first: Callable[[], Any], second: Callable[[], Any], seconds: float, fewest: int, most: int) -> float:
-    """The median over turns of the second's time over the first's; who begins changes from turn to turn."""
+def _ratios(first: Callable[[], Any], second: Callable[[], Any], seconds: float, fewest: int, most: int) -> list[float]:
+    """The second's time over the first's in each pair of turns; who begins changes from pair to pair."""
     second()
     repeats = _repeats(first)
     once = _turn(first, repeats) * repeats
@@ -216,4 +219,4 @@ def _ratio(first: Callable[[], Any], second: Callable[[], Any], seconds: float, 
             before = _turn(first, repeats)
             after = _turn(second, repeats)
         ratios.append(after / before)
-    return median(ratios)
+    return ratios

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from regraft.passes.budget.errors import BudgetError
 from regraft.passes.budget.metric import METRICS, RATES, MetricFunction, metric_name
@@ -61,4 +62,4 @@ class Budget:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -43,11 +43,23 @@ class Candidate:
         return f"{self.site}: {self.knob}"
 
 
-class Offer(Protocol):
-    """What a lossy pass can do to a recognised program; nothing where it finds no site."""
+@dataclass(frozen=True)
+class NotOffered:
+    """Why a family has no candidate in a program."""
 
-    def __call__(self, program: Program, target: str) -> Iterable[Candidate]:
-        """Candidates for ``program``, which stays as it is; of one site, milder ones come first."""
+    family: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.family}: not offered, because {self.reason}"
+
+
+class Offer(Protocol):
+    """What a lossy pass can do to a recognised program."""
+
+    def __call__(self, program: Program, target: str) -> Iterable[Candidate | NotOffered]:
+        """Candidates for ``program``, which stays as it is; of one site, milder ones come first. Where there are none,
+        the reason."""
         ...
 
 

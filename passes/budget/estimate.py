@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -59,6 +59,15 @@ def rate_bound(errors: int, count: int, confidence: float) -> float:
     if errors >= count:
         return 1.0
     return _root(lambda rate: _binomial(errors, count, rate) - (1 - confidence))
+
+
+def median_bound(values: Sequence[float], confidence: float) -> float:
+    """A number that the median of what independent ``values`` are drawn from does not exceed at ``confidence``: the
+    first of them, in order, that so many lie below by chance. It asks nothing of how they are spread (the sign test);
+    infinite where they are too few."""
+    ordered, count = sorted(values), len(values)
+    held = (ordered[below] for below in range(count) if _binomial(below, count, 0.5) >= confidence)
+    return next(held, math.inf)
 
 
 def _root(falling: Callable[[float], float]) -> float:

@@ -84,13 +84,14 @@ def losses(metric: str | MetricFunction, output: Any, reference: Any, name: str 
 
 def _called(metric: MetricFunction, output: Any, reference: Any) -> Tensor:
     try:
-        found = torch.as_tensor(metric(output, reference)).detach().double().cpu()
+        returned = metric(output, reference)
     except Exception as error:  # the user's function may raise anything
         said = (str(error).strip().splitlines() or ["no message"])[0]
         raise BudgetError(
             f"the metric {_name(metric)} raised {type(error).__name__} ({said}); it is called with the outputs of the "
             "rewritten and of the original model, and must return a number or one for each sample"
         ) from error
+    found = _numbers(metric, returned)
     if found.dim() > 1 or not found.numel():
         raise BudgetError(
             f"the metric {_name(metric)} returned a tensor of shape {list(found.shape)}; return a number, or one for "
@@ -103,6 +104,22 @@ def _called(metric: MetricFunction, output: Any, reference: Any) -> Tensor:
             "one for each sample"
         )
     return found.reshape(-1)
+
+
+def _numbers(metric: MetricFunction, returned: Any) -> Tensor:
+    try:
+        found = torch.as_tensor(returned).detach().cpu()
+    except Exception:  # whatever is no number
+        found = None
+    if found is None or found.is_complex():
+        raise BudgetError(
+            f"the metric {_name(metric)} returned {_described(returned)}; return a number, or one for each sample"
+        )
+    return found.double()
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _name(metric: MetricFunction) -> str:

@@ -17,7 +17,7 @@ from regraft.ir.program import Program
 from regraft.ir.weights import WeightOp
 from regraft.passes.applied import log_applied
 from regraft.passes.base import Pass
-from regraft.passes.budget.candidate import PRECISION, Candidate
+from regraft.passes.budget.candidate import PRECISION, Candidate, NotOffered
 
 aten = torch.ops.aten
 _SMALLEST = 1 << 12  # numbers of a weight below which the casts cost more than the product
@@ -95,13 +95,16 @@ def bf16_is_native(target: str) -> bool:
     return torch.backends.mkldnn.is_available() and (avx() or amx())
 
 
-def offer_precision(program: Program, target: str) -> Iterator[Candidate]:
+def offer_precision(program: Program, target: str) -> Iterator[Candidate | NotOffered]:
     """The linear layers between one attention and the next as one site each, where the processor has bf16."""
     if not bf16_is_native(target):
+        yield NotOffered("bf16", "the processor does not multiply in bf16 by itself")
         return
+    offered = False
     for number, nodes in enumerate(_groups(program.graph.nodes)):
         held = [(node, name) for node in nodes if (name := _weight(program, node)) is not None]
         if held:
+            offered = True
             yield Candidate(
                 site=f"linear layers {number} ({held[0][1]}…)" if len(held) > 1 else f"linear layer ({held[0][1]})",
                 knob="bf16",
@@ -110,6 +113,8 @@ def offer_precision(program: Program, target: str) -> Iterator[Candidate]:
                 order=PRECISION,
                 user_line=user_line(held[0][0]),
             )
+    if not offered:
+        yield NotOffered("bf16", f"no linear layer has an fp32 weight of {_SMALLEST} numbers or more")
 
 
 def _groups(nodes: Iterable[fx.Node]) -> Iterator[list[fx.Node]]:

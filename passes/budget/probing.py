@@ -43,9 +43,15 @@ class Measured:
 
 
 def measure(
-    trials: Trials, candidates: Sequence[Candidate], sites: TokenSites | None, budget: Budget, clock: Clock
+    trials: Trials,
+    candidates: Sequence[Candidate],
+    sites: TokenSites | None,
+    budget: Budget,
+    clock: Clock,
+    declined: Sequence[str] = (),
 ) -> Measured:
-    """Measure everything that is offered, within about half of the clock's time."""
+    """Measure everything that is offered, within about half of the clock's time; ``declined`` says why other things are
+    not."""
     probe = _Probe(trials, budget.limit, budget.is_rate, clock)
     for family in dict.fromkeys(candidate.family for candidate in candidates):
         probe.family([candidate for candidate in candidates if candidate.family == family])
@@ -53,6 +59,7 @@ def measure(
         probe.tokens(sites)
     elif not candidates:
         probe.found.notes.append("no lossy rewrite applies to this model")
+    probe.found.notes += declined
     return probe.found
 
 

@@ -54,14 +54,16 @@ def search(
     candidates: Sequence[Candidate],
     sites: TokenSites | None,
     clock: Clock | None = None,
+    declined: Sequence[str] = (),
 ) -> Found:
-    """Spend ``budget`` on the candidates and the token axis, by a clock that may be running.
+    """Spend ``budget`` on the candidates and the token axis, by a clock that may be running. ``declined`` are the
+    reasons of what is no candidate, for the report.
 
     Raises ``BudgetError`` where the metric is not a number, or where the data cannot show even for the exact model that
     it keeps the limit.
     """
     clock = clock or Clock.after(budget.seconds)
-    found = _Search(trials, budget, clock).run(candidates, sites)
+    found = _Search(trials, budget, clock).run(candidates, sites, declined)
     found.seconds = clock.spent
     return found
 
@@ -75,10 +77,10 @@ class _Search:
     known: dict[tuple[str, ...], Tried] = field(default_factory=dict)
     even: set[tuple[str, ...]] = field(default_factory=set)
 
-    def run(self, candidates: Sequence[Candidate], sites: TokenSites | None) -> Found:
+    def run(self, candidates: Sequence[Candidate], sites: TokenSites | None, declined: Sequence[str]) -> Found:
         found = self.found
         found.exact = self._exact()
-        found.measured = measure(self.trials, candidates, sites, self.budget, self.clock)
+        found.measured = measure(self.trials, candidates, sites, self.budget, self.clock, declined)
         space = Space(found.measured, sites, self.trials.exact_seconds)
         if space.is_empty:
             found.why = "; ".join(found.measured.notes) or "every rewrite alone loses more than the budget"
@@ -111,12 +113,12 @@ class _Search:
                 "the metric is not a number (NaN) for the exact model on the calibration data; check the data, the "
                 "model's outputs and the metric"
             )
+        if abs(exact.mean) > self.budget.limit:
+            raise BudgetError(
+                f"the exact model has a loss of {exact.mean:.2g}, and the limit is {self.budget.limit:g}; a metric "
+                "must be 0 for equal outputs, and more for others"
+            )
         if not exact.within(self.budget.limit):
-            if exact.mean > self.budget.limit:
-                raise BudgetError(
-                    f"the exact model has a loss of {exact.mean:.2g}, above the limit {self.budget.limit:g}, so that "
-                    "nothing can keep this budget; a metric must be 0 for equal outputs"
-                )
             raise BudgetError(
                 f"the calibration data are too few: {exact.samples} samples cannot show a loss of at most "
                 f"{self.budget.limit:g} at a confidence of {self.budget.confidence:g}; give more batches"

@@ -10,6 +10,7 @@ from regraft.ir.nodes import user_line
 from regraft.ir.ops.plan_merge import most_removable
 from regraft.ir.program import Program
 from regraft.passes.budget.candidate import TOKENS, Candidate
+from regraft.passes.refused import Refused
 from regraft.passes.tokens.legality import Legality, examine, walks
 from regraft.passes.tokens.methods import METHODS, Method
 from regraft.passes.tokens.reduce import ReduceTokens
@@ -68,8 +69,8 @@ def is_baseline(method: Method) -> bool:
     return "random" in (method.metric, method.score) or method.matching == "grid"
 
 
-def find_token_sites(program: Program) -> TokenSites | None:
-    """The token axis of a recognised program; None where no method may remove a token anywhere."""
+def find_token_sites(program: Program) -> TokenSites:
+    """The token axis of a recognised program. Raises ``Refused`` where no method may remove a token anywhere."""
     place = next((walk.attentions.index(next(iter(walk.sites))) for walk in walks(program) if walk.sites), 0)
     found: dict[bool, Legality] = {drops: examine(program, 0, drops, start=place) for drops in (False, True)}
     legal = {
@@ -78,15 +79,23 @@ def find_token_sites(program: Program) -> TokenSites | None:
         if not is_baseline(method) and found[method.drops].sites
     }
     if not legal:
-        return None
+        raise _why_nowhere(found[False])
     best = found[False] if found[False].sites else found[True]
     assert best.walk is not None
     tokens, protected = best.walk.tokens, best.prefix + best.suffix
     inner = tokens - protected
     if inner < _FEWEST:
-        return None
+        raise Refused(f"{inner} of {tokens} tokens may go, and this begins at {_FEWEST}", _first(best))
     removals = (0, *sorted({number for part in _PARTS if (number := round(inner * part)) > 0}))
     return TokenSites(tokens, protected, legal, removals, user_line(_first(best)))
+
+
+def _why_nowhere(found: Legality) -> Refused:
+    """The reason of the most self-attentions; among equals that of the first."""
+    if not found.attentions:
+        return Refused("no self-attention was recognised")
+    reasons = [refused.reason for refused in found.refused.values()]
+    return max(found.refused.values(), key=lambda refused: reasons.count(refused.reason))
 
 
 def _first(found: Legality) -> fx.Node:

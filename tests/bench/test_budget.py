@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.budget import added, mean_kl
+from bench.budget import added, mean_kl, placed
 from bench.budget_systems import Retrieval, System
 from bench.budget_uniform import Point, at, monotone, summary
 from bench.prose import passages
@@ -76,6 +76,17 @@ def test_ratios_are_averaged_as_factors() -> None:
     rows = [{"system": "s", "by": "work", "ratio": ratio} for ratio in (4.0, 1.0, 0.5, None)]
     (row,) = summary(rows)
     assert row["ratio"] == pytest.approx(2 ** (1 / 3)) and (row["better"], row["worse"], row["points"]) == (1, 1, 3)
+
+
+def test_schedules_are_placed_anew_system_by_system() -> None:
+    rows = [
+        {"system": system, "seed": seed, "by": by, "limit": limit}
+        for limit in (0.1, 0.2)
+        for system, seed, by in (("a", 0, "time"), ("a", 1, "time"), ("a", 0, "work"), ("b", 0, "time"))
+    ]
+    found = list(placed(rows, ["a"], ["time"]))
+    assert [part[:3] for part in found] == [("a", 0, "time"), ("a", 1, "time")]
+    assert [row["limit"] for row in found[0][3]] == [0.1, 0.2]
 
 
 def test_rows_are_added_to_a_record_and_replace_those_of_the_same_run() -> None:

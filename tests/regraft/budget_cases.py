@@ -50,4 +50,4 @@ def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return left
 
     monkeypatch.setattr(Rehearsal, "ratio", ratio)
-    monkeypatch.setattr(Rehearsal, "ratio_of", lambda self, executable, thorough=True: 0.5)
+    monkeypatch.setattr(Rehearsal, "ratios_of", lambda self, executable, thorough=True: [0.5] * 9)

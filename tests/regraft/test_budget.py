@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import regraft
 from regraft import Budget
 from regraft.errors import OptionError
+from regraft.rehearsal import Rehearsal
 from tests.regraft import budget_cases
 from tests.regraft.budget_cases import Classifier, batch, nothing_is_timed
 
@@ -128,7 +129,7 @@ def wrong(output: Tensor, reference: Tensor) -> Any:
         (of_batches(batch(1), batch(2).double()), r"calibration batch 1 is float64\[8, 16, 32\]"),
         (of_batches((batch(1), batch(1))), r"calibration batch 0 is float32\[8, 16, 32\], float32\[8, 16, 32\]"),
         ({"budget": Budget(undefined, 0.1)}, r"not a number \(NaN\) for the exact model"),
-        ({"budget": Budget(similarity, 0.1)}, "the exact model has a loss of 1, above the limit 0.1"),
+        ({"budget": Budget(similarity, 0.1)}, "the exact model has a loss of 1, and the limit is 0.1"),
         ({"budget": Budget(wrong, 0.1)}, "the metric wrong raised"),
         ({"budget": Budget("kl", 0.1, output="logits")}, "no floating-point output 'logits'; it has 'output'"),
         ({"budget": Budget("top1", 0.01)}, "32 samples cannot show a loss of at most 0.01"),
@@ -157,6 +158,26 @@ def test_too_few_samples_are_refused(model: nn.Module) -> None:
 def test_a_budget_that_nothing_keeps_leaves_the_exact_model_and_says_why(model: nn.Module) -> None:
     fast = spent(model, 1e-12)
     assert "no rewrite keeps kl ≤ 1e-12" in fast.report.budget.kept_exact
+    assert torch.equal(fast(batch(50)), regraft.compile(model, batch(0))(batch(50)))
+
+
+def test_a_model_that_may_be_slower_than_the_exact_one_is_not_returned(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the turns were slower: the median tells nothing."""
+    monkeypatch.setattr(Rehearsal, "ratios_of", lambda self, executable, thorough=True: [0.9] * 6 + [1.1] * 5)
+    fast = spent(model)
+    assert "takes 0.90 of the exact model's time, 1.10 at a confidence of 0.99" in fast.report.budget.kept_exact
+    assert torch.equal(fast(batch(50)), regraft.compile(model, batch(0))(batch(50)))
+
+
+def test_a_fault_of_the_search_leaves_the_exact_model(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any, **options: Any) -> Any:
+        raise IndexError("no such layer")
+
+    monkeypatch.setattr("regraft.budget.search", broken)
+    fast = spent(model)
+    assert "the search failed (IndexError: no such layer)" in fast.report.budget.refused
     assert torch.equal(fast(batch(50)), regraft.compile(model, batch(0))(batch(50)))
 
 

@@ -18,7 +18,7 @@ from regraft.passes.budget.candidate import Composition
 from regraft.rehearsal import Rehearsal
 from tests.passes.attention.test_tidal import HEADS as STEP_HEADS
 from tests.passes.attention.test_tidal import KV_HEADS, LAYERS, SIZE, Step
-from tests.regraft.budget_cases import nothing_is_timed
+from tests.regraft.budget_cases import Classifier, batch, nothing_is_timed
 
 WIDTH, HEADS = 64, 4
 
@@ -111,6 +111,29 @@ def test_a_family_is_taken_where_it_wins(case: Any, size: int, family: str, site
     assert 0 < (found - exact).norm() / exact.norm() <= 2.0
     assert any(point.chosen and site in point.name for point in told.points)
     assert any(item.exactness == "lossy" for item in fast.report.applications)
+
+
+@pytest.mark.parametrize(
+    ("case", "size", "family", "reason"),
+    [
+        (reading, 16, "windows", "the attentions have at most 16 keys, and this begins at 128"),
+        (reading, 16, "head specialisation", "the attentions have at most 16 keys, and this begins at 512"),
+        (reading, 64, "decode sparsity", "the model is no decode step"),
+        (decoding, 64, "tokens", "no self-attention was recognised"),
+    ],
+)
+def test_a_family_that_offers_nothing_says_why(case: Any, size: int, family: str, reason: str) -> None:
+    model, batches = case(size)
+    _, told = spent(model, batches, 0.2, family)
+    assert not told.spent and f"{family}: not offered, because {reason}" in told.kept_exact
+
+
+def test_symbolic_sizes_are_named_as_the_reason() -> None:
+    budget, batches = Budget("kl", 0.2, families=("tokens", "windows")), [batch(seed) for seed in range(4)]
+    fast = regraft.compile(Classifier().eval(), batches[0], budget=budget, calibration=batches, dynamic=True)
+    told = fast.report.budget.kept_exact
+    assert "tokens: not offered, because the number of tokens is a symbol" in told
+    assert "windows: not offered, because the numbers of keys are symbols" in told
 
 
 def test_families_are_chosen_together() -> None:

@@ -17,6 +17,7 @@ from regraft.passes.attention.offers import offer_dormant_heads, offer_windows
 from regraft.passes.attention.profile import HeadProfile, profile_heads
 from regraft.passes.attention.restrict import RestrictHeads
 from regraft.passes.attention.specialise import SpecialiseHeads, kinds_of, whole_groups
+from regraft.passes.budget.candidate import Candidate
 from tests.passes.attention.models import SIZE, Model, X, after, masks, output, recognised
 
 aten = torch.ops.aten
@@ -177,7 +178,10 @@ def test_candidates_leave_the_program_alone_and_their_rewrites_do_what_they_say(
     long = torch.randn(2, 256, 32, generator=torch.Generator().manual_seed(2))
     program = recognised(model, long)
     before = output(program)
-    windows, dormant = list(offer_windows(program, "cpu")), list(offer_dormant_heads(program, "cpu"))
+    windows, dormant = (
+        [item for item in offer(program, "cpu") if isinstance(item, Candidate)]
+        for offer in (offer_windows, offer_dormant_heads)
+    )
     assert [candidate.knob for candidate in windows] == ["4 sinks, a window of 128", "4 sinks, a window of 64"]
     assert dormant[0].knob == "1 of 4 heads dropped" and dormant[0].site == windows[0].site
     assert torch.equal(output(program), before)

@@ -9,7 +9,7 @@ import pytest
 
 from regraft.passes.budget.budget import Budget
 from regraft.passes.budget.errors import BudgetError
-from regraft.passes.budget.estimate import estimate, rate_bound, typical
+from regraft.passes.budget.estimate import estimate, median_bound, rate_bound, typical
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,13 @@ def test_the_bound_of_a_rate_is_where_so_few_errors_become_unlikely(errors: int,
     rate = rate_bound(errors, count, 0.95)
     chance = sum(math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(errors + 1))
     assert chance == pytest.approx(0.05, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [9, 31])
+def test_the_bound_of_a_median_covers_it_however_values_are_spread(count: int) -> None:
+    drawn = np.exp(np.random.default_rng(0).normal(0.0, 2.0, (2000, count)))  # of median 1
+    assert np.mean([median_bound(row, 0.99) >= 1.0 for row in drawn.tolist()]) >= 0.985
+    assert median_bound([1.0] * 6, 0.99) == math.inf
 
 
 def test_no_error_in_few_samples_shows_little() -> None:

@@ -94,7 +94,9 @@ def test_a_function_is_given_the_outputs_and_may_answer_for_the_batch_or_for_eac
     [
         (lambda o, r: o, r"a tensor of shape \[2, 2\]"),
         (lambda o, r: {}["x"], "raised"),
-        (lambda o, r: "much", "raised"),
+        (lambda o, r: "much", "returned a str; return a number"),
+        (lambda o, r: None, "returned a NoneType"),
+        (lambda o, r: torch.tensor([1j]), "returned a tensor of torch.complex64"),
         (lambda o, r: torch.zeros(3), "returned 3 numbers for a batch of 2"),
     ],
 )

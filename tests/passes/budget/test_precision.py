@@ -11,6 +11,7 @@ from regraft.ir.driver import Session
 from regraft.ir.nodes import dtype
 from regraft.ir.program import Program
 from regraft.passes.budget import precision
+from regraft.passes.budget.candidate import Candidate
 from regraft.passes.budget.precision import LowerPrecision, offer_precision
 from regraft.passes.pipeline import recognising
 
@@ -82,14 +83,16 @@ def test_layers_between_attentions_are_offered_together_small_ones_not_at_all(mo
     layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, norm_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(64, 4))
     program = recognised(model, torch.randn(2, 8, 64))
-    offered = list(offer_precision(program, "cpu"))
+    offered = [item for item in offer_precision(program, "cpu") if isinstance(item, Candidate)]
     assert [len(candidate.rewrite.weights) for candidate in offered] == [1, 4, 3]  # type: ignore[attr-defined]
     assert {candidate.family for candidate in offered} == {"bf16"} and len({c.site for c in offered}) == 3
     assert not any(name == "1.weight" for c in offered for name in c.rewrite.weights)  # type: ignore[attr-defined]
 
 
-def test_without_bf16_in_the_processor_nothing_is_offered(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
+def test_where_nothing_is_offered_the_reason_is(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
     monkeypatch.setattr(precision, "bf16_is_native", lambda target: False)
-    assert not list(offer_precision(recognised(Block(), x), "cpu"))
+    assert "does not multiply in bf16" in " ".join(map(str, offer_precision(recognised(Block(), x), "cpu")))
+    monkeypatch.setattr(precision, "bf16_is_native", lambda target: True)
+    assert "no linear layer" in " ".join(map(str, offer_precision(recognised(Block().double(), x.double()), "cpu")))
     monkeypatch.undo()
     assert not precision.bf16_is_native("cuda")

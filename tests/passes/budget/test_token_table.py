@@ -12,6 +12,7 @@ from regraft.ir.driver import Session
 from regraft.passes.budget.token_sites import TokenSites, find_token_sites
 from regraft.passes.budget.token_table import Cut, table
 from regraft.passes.pipeline import recognising
+from regraft.passes.refused import Refused
 from regraft.passes.tokens.reduce import ReduceTokens
 from regraft.solvers.schedule.tokens import TokenTable
 
@@ -95,7 +96,7 @@ def test_the_sites_of_a_program_are_those_where_its_tokens_can_go() -> None:
     program = capture(Classifier().eval(), (torch.randn(2, 16, 32),))
     recognising().run(program, Session(verify="off"))
     sites = find_token_sites(program)
-    assert sites is not None and (sites.tokens, sites.layers, sites.protected) == (16, 2, 0)
+    assert (sites.tokens, sites.layers, sites.protected) == (16, 2, 0)
     assert {"tome", "pitome"} <= set(sites.legal) and not {"grid", "prune-random", "merge-random"} & set(sites.legal)
     assert sites.legal["tome"] == (True, True) and sites.removals == (0, 1, 2, 3, 4, 5, 6, 7, 8)
     assert sites.uniform("tome", 6) == (6, 5) and not sites.is_possible("tome", (8, 8))
@@ -104,8 +105,18 @@ def test_the_sites_of_a_program_are_those_where_its_tokens_can_go() -> None:
     assert candidate.rewrite == ReduceTokens((4, 2), "tome")
 
 
-def test_a_program_without_a_token_axis_or_with_few_tokens_has_no_sites() -> None:
-    for model, x in ((nn.Linear(4, 4), torch.randn(2, 4)), (Classifier(), torch.randn(2, 4, 32))):
-        program = capture(model.eval(), (x,))
-        recognising().run(program, Session(verify="off"))
-        assert find_token_sites(program) is None
+@pytest.mark.parametrize(
+    ("model", "x", "dynamic", "reason"),
+    [
+        (nn.Linear(4, 4), torch.randn(2, 4), None, "no self-attention was recognised"),
+        (Classifier(), torch.randn(2, 4, 32), None, "4 of 4 tokens may go, and this begins at 8"),
+        (Classifier(), torch.randn(2, 16, 32), True, "the number of tokens is a symbol"),
+    ],
+)
+def test_a_program_whose_tokens_cannot_go_says_why(
+    model: nn.Module, x: Tensor, dynamic: bool | None, reason: str
+) -> None:
+    program = capture(model.eval(), (x,), dynamic=dynamic)
+    recognising().run(program, Session(verify="off"))
+    with pytest.raises(Refused, match=reason):
+        find_token_sites(program)
