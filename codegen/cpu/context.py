@@ -64,6 +64,8 @@ class Context(Emitter):
 
     program: Program = field(kw_only=True)
     values: dict[fx.Node, Lowered] = field(default_factory=dict)
+    #: Lowers a call inside a region that another lowering wants to read after all.
+    lower_alone: Callable[[fx.Node], None] | None = None
 
     def weight(self, node: fx.Node) -> Tensor:
         """The tensor of a weight placeholder; raises ``KeyError`` for any other node."""
@@ -84,6 +86,9 @@ class Context(Emitter):
         held = self.values.get(node)
         if held is None and node.op == "placeholder":
             held = self.values[node] = Lowered(full=self.bind(self.weight(node), node.name))
+        if held is None and node.op == "call_function" and self.lower_alone is not None:
+            self.lower_alone(node)
+            held = self.values[node]
         if held is None:
             raise KeyError(f"{node.name} was not lowered")
         if held.full is None:

@@ -26,6 +26,7 @@ from regraft.codegen.cpu.native.experts import PackedExperts
 from regraft.codegen.cpu.native.kernels import EXPERTS, TOKENS
 from regraft.codegen.cpu.native_operators import experts_native
 from regraft.codegen.cpu.peephole import polish
+from regraft.codegen.cpu.regions import in_order, lower_region, row_regions
 from regraft.codegen.cpu.rowwise import (
     BINARY,
     UNARY,
@@ -35,8 +36,10 @@ from regraft.codegen.cpu.rowwise import (
     lower_rope,
     lower_row_norm,
 )
+from regraft.codegen.cpu.small import lower_matmul, lower_reshape
 from regraft.codegen.cpu.tokens import lower_log, lower_merge, lower_plan, lower_scan, lower_unmerge
 from regraft.codegen.cpu.tuning import Tuner
+from regraft.codegen.cpu.windows import multiply_in_place
 from regraft.ir import ops
 from regraft.ir.nodes import arguments, dtype
 from regraft.ir.program import Program
@@ -59,6 +62,9 @@ LOWERINGS: dict[Any, Lowering] = {
     ops.unmerge_tokens: lower_unmerge,
     ops.linear_scan: lower_scan,
     aten.log.default: lower_log,
+    aten.reshape.default: lower_reshape,
+    aten.matmul.default: lower_matmul,
+    aten.bmm.default: lower_matmul,
     ops.moe: lambda context, node: _lower_moe(context, node),
     **dict.fromkeys((*UNARY, *BINARY), lower_elementwise),
 }
@@ -75,16 +81,29 @@ def lower(program: Program, tuner: Tuner | None = None) -> Executable:
     tuner.reads(_linear_weights(program))
     context = Context(torch.nn.Module(), fx.Graph(), program=program)
     for node in program.user_inputs():
-        context.values[node] = Lowered(full=context.graph.placeholder(node.name))
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            made = _lower_node(context, node, tuner)
+        placeholder = context.graph.placeholder(node.name)
+        placeholder.meta["val"] = node.meta["val"]
+        context.values[node] = Lowered(full=placeholder)
+    regions = row_regions(program)
+    context.lower_alone = lambda node: _lower_alone(context, node, tuner)
+    for step in in_order(program, regions):
+        if isinstance(step, fx.Node):
+            _lower_alone(context, step, tuner)
+            continue
+        for node, made in lower_region(context, step).items():
             context.values[node] = made
             _stamp(context, node, made)
     outputs = fx.map_arg(program.output_node.args[0], context.value)
     context.graph.output(outputs)
+    multiply_in_place(context.graph)
     polish(context.graph)
     return Executable(fx.GraphModule(context.root, context.graph), tuner.to_jsonl())
+
+
+def _lower_alone(context: Context, node: fx.Node, tuner: Tuner) -> None:
+    made = _lower_node(context, node, tuner)
+    context.values[node] = made
+    _stamp(context, node, made)
 
 
 def _linear_weights(program: Program) -> list[torch.Tensor]:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from regraft.codegen.cpu.native import attention, experts, linear, rowwise, tokens
+from regraft.codegen.cpu.native import attention, batched, copy, experts, fused, linear, rowwise, tokens
 from regraft.codegen.cpu.native.call import NativeCall
-from regraft.codegen.cpu.native.kernels import EXPERTS, NATIVE, TOKENS
+from regraft.codegen.cpu.native.kernels import EXPERTS, FUSED, NATIVE, TOKENS
 from regraft.codegen.cpu.native.library import NativeLibrary
 
 Describe = Callable[..., NativeCall]
@@ -55,3 +55,7 @@ merge_native = _operator("merge_native", tokens.merge, TOKENS)
 log_native = _operator("log_native", tokens.log, TOKENS)
 unmerge_native = _operator("unmerge_native", tokens.unmerge, TOKENS)
 scan_native = _operator("scan_native", tokens.scan, TOKENS)
+fused_native = _operator("fused_native", fused.fused, FUSED)
+batched_native = _operator("batched_native", batched.batched, FUSED)
+windows_native = _operator("windows_native", batched.windows, FUSED)
+reshaped_native = _operator("reshaped_native", copy.reshaped, FUSED)

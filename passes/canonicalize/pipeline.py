@@ -10,7 +10,7 @@ from regraft.ir.driver import Session
 from regraft.ir.program import Program
 from regraft.ir.rule import Rule
 from regraft.passes.base import Pass, Pipeline, RulePass
-from regraft.passes.canonicalize import arithmetic, casts, products, repeat, softmaxes, views
+from regraft.passes.canonicalize import arithmetic, casts, cosine, products, repeat, softmaxes, views
 from regraft.passes.canonicalize.cleanup import DropAssertions, DropDeadCode, MergeCommonSubexpressions
 
 
@@ -18,7 +18,7 @@ from regraft.passes.canonicalize.cleanup import DropAssertions, DropDeadCode, Me
 class Spell(RulePass):
     """Every operator in its one canonical spelling."""
 
-    rules: ClassVar[Sequence[Rule]] = (*views.SPELLINGS, *arithmetic.SPELLINGS)
+    rules: ClassVar[Sequence[Rule]] = (*views.SPELLINGS, *arithmetic.SPELLINGS, *cosine.SPELLINGS)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,19 @@ import ctypes
 from collections.abc import Callable
 from types import ModuleType
 
-from regraft.codegen.cpu.native import attention, experts, linear, mask, panels, rowwise, tape, tokens
+from regraft.codegen.cpu.native import (
+    attention,
+    batched,
+    copy,
+    experts,
+    fused,
+    linear,
+    mask,
+    panels,
+    rowwise,
+    tape,
+    tokens,
+)
 from regraft.codegen.cpu.native.library import NativeLibrary
 
 
@@ -17,9 +29,10 @@ def _check(library: ctypes.CDLL) -> str:
     return attention.check(library)
 
 
-def _declared(part: ModuleType) -> Callable[[ctypes.CDLL], str]:
+def _declared(*parts: ModuleType) -> Callable[[ctypes.CDLL], str]:
     def check(library: ctypes.CDLL) -> str:
-        part.declare(library)
+        for part in parts:
+            part.declare(library)
         return ""
 
     return check
@@ -28,3 +41,4 @@ def _declared(part: ModuleType) -> Callable[[ctypes.CDLL], str]:
 NATIVE = NativeLibrary(("product.cpp", "attention.cpp", "mask.cpp", "rowwise.cpp", "linear.cpp", "tape.cpp"), _check)
 EXPERTS = NativeLibrary(("experts.cpp",), _declared(experts), NATIVE)
 TOKENS = NativeLibrary(("tokens.cpp",), _declared(tokens), NATIVE)
+FUSED = NativeLibrary(("fused.cpp", "batched.cpp", "copy.cpp"), _declared(fused, batched, copy), NATIVE)

@@ -13,7 +13,7 @@ struct Address {
     int64_t field, base, offset;  // the field's place in the structure; which memory, and where in it
 };
 
-constexpr int64_t LARGEST_STRUCTURE = 512;
+constexpr int64_t LARGEST_STRUCTURE = 1280;
 
 extern "C" int64_t regraft_largest_structure() { return LARGEST_STRUCTURE; }
 

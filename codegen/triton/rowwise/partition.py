@@ -7,7 +7,7 @@ bytes: what one wrote and the other read stays in registers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -55,9 +55,9 @@ class Partition:
     left: tuple[Left, ...]
 
 
-def find_regions(program: Program) -> Partition:
-    """The regions of a program's graph."""
-    finder = _Finder(program)
+def find_regions(program: Program, refuse: Callable[[fx.Node], str | None] = lambda node: None) -> Partition:
+    """The regions of a program's graph. ``refuse`` says why a call is none for a kernel on the device at hand."""
+    finder = _Finder(program, refuse)
     finder.grow()
     regions, left = [], list(finder.left)
     for nodes in finder.sets():
@@ -72,8 +72,9 @@ def find_regions(program: Program) -> Partition:
 
 
 class _Finder:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, refuse: Callable[[fx.Node], str | None]) -> None:
         self.program = program
+        self._refuse = refuse
         self.order = {node: place for place, node in enumerate(program.graph.nodes)}
         self.left: list[Left] = []
         self.set_of: dict[fx.Node, int] = {}
@@ -89,7 +90,7 @@ class _Finder:
         for place, node in enumerate(self.program.graph.nodes):
             if node.op != "call_function":
                 continue
-            step = step_of(node)
+            step = self._step(node)
             if not isinstance(step, str) and node not in constant:
                 self.steps[node] = step
             elif isinstance(step, str) and node not in constant and works_on_rows(node):
@@ -99,6 +100,10 @@ class _Finder:
                 number = self.set_of[self.steps[node].tensors[0]]
             self.set_of[node] = number
             self.members.setdefault(number, set()).add(node)
+
+    def _step(self, node: fx.Node) -> Step | str:
+        step = step_of(node)
+        return step if isinstance(step, str) else self._refuse(node) or step
 
     def _paths(self) -> nx.DiGraph:
         graph: nx.DiGraph = nx.DiGraph()

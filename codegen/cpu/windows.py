@@ -1,0 +1,197 @@
+"""Products on windows of an image read and write it where it lies: the copies that cut it up and put it together again
+are never made.
+
+A window's pixels are two dims of the image, and so are the windows: a reshape that joins them has to copy, but the
+native product takes rows, depth and columns of two dims each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from regraft.codegen.cpu.native.batched import BATCH, PAIR
+from regraft.codegen.cpu.native_operators import batched_native, reshaped_native, windows_native
+
+aten = torch.ops.aten
+Sizes = tuple[int, ...]
+_MOST = (BATCH, PAIR, PAIR)
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """A matrix with leading dims: ``node`` permuted by ``order`` has the dims of three ``groups``, joined or not: those
+    of the batch, of rows and of columns."""
+
+    node: fx.Node
+    order: Sizes
+    groups: tuple[Sizes, Sizes, Sizes]
+    copied: bool
+
+    def turned(self) -> _Apart:
+        """The same with rows and columns exchanged."""
+        batch, rows, columns = self.groups
+        first, second = len(batch), len(batch) + len(rows)
+        order = (*self.order[:first], *self.order[second:], *self.order[first:second])
+        return _Apart(self.node, order, (batch, columns, rows), self.copied)
+
+
+def multiply_in_place(graph: fx.Graph) -> None:
+    """Let native products of a lowered graph read in front of copies, and write behind them."""
+    for node in list(graph.nodes):
+        if node.target is batched_native:
+            _take_copies(graph, node)
+
+
+def _take_copies(graph: fx.Graph, node: fx.Node) -> None:
+    left, right = (_operand(operand) for operand in node.args[:2])
+    if left is None or right is None:
+        return
+    result = _result(node)
+    if result is None and not left.copied and not right.copied:
+        return
+    out, last = result or (None, node)
+    sides = [
+        (left.groups[0], right.groups[0]),
+        (left.groups[1],),
+        (left.groups[2], right.groups[1]),
+        (right.groups[2],),
+    ]
+    if out is not None:
+        for place, side in ((0, 0), (1, 1), (3, 2)):
+            sides[place] = (*sides[place], out.groups[side])
+    found = [_finest(sizes) for sizes in sides]
+    if any(dims is None or len(dims) > most for dims, most in zip(found, (BATCH, PAIR, PAIR, PAIR), strict=True)):
+        return
+    batch, rows, depth, columns = (dims for dims in found if dims is not None)
+    with graph.inserting_before(last):
+        operands = [
+            _emit(graph, left, (batch, rows, depth)),
+            _emit(graph, right, (batch, depth, columns)),
+        ]
+        order = tuple(range(BATCH + 2 * PAIR)) if out is None else _order(out, (batch, rows, columns))
+        made = graph.call_function(windows_native, (*operands, order, list(_sizes(last) or ())))
+    made.meta = dict(last.meta)
+    last.replace_all_uses_with(made, propagate_meta=False)
+
+
+def _operand(node: object) -> _Apart | None:
+    """What a product reads, in front of a copy where there is one."""
+    if not isinstance(node, fx.Node):
+        return None
+    sizes = _sizes(node)
+    if sizes is None or len(sizes) < 2:
+        return None
+    if node.target is aten.permute.default:
+        order, source = list(node.args[1]), node.args[0]  # type: ignore[arg-type]
+        swapped = [*range(len(sizes) - 2), len(sizes) - 1, len(sizes) - 2]
+        if order == swapped and isinstance(source, fx.Node) and source.target is reshaped_native:
+            inner = _operand(source)
+            return None if inner is None else inner.turned()
+    source, copied = (node.args[0], True) if node.target is reshaped_native else (node, False)
+    assert isinstance(source, fx.Node)
+    dims = _sizes(source)
+    groups = None if dims is None else _grouped(dims, (math.prod(sizes[:-2]), *sizes[-2:]))
+    if groups is None or dims is None:
+        return None
+    return _Apart(source, tuple(range(len(dims))), groups, copied)
+
+
+def _result(node: fx.Node) -> tuple[_Apart, fx.Node] | None:
+    """The copy behind a product that nothing else reads: a reshape into more dims, these permuted, a reshape."""
+    chain = [node]
+    for target in ((aten.reshape.default,), (aten.permute.default,), (aten.reshape.default, reshaped_native)):
+        (user, *others) = (*chain[-1].users, None)[:2] if chain[-1].users else (None,)
+        if user is None or any(others) or user.target not in target or user.args[0] is not chain[-1]:
+            return None
+        chain.append(user)
+    split, permuted, last = chain[1:]
+    sizes, dims = _sizes(node), _sizes(split)
+    if sizes is None or dims is None or _sizes(last) is None:
+        return None
+    groups = _grouped(dims, (math.prod(sizes[:-2]), *sizes[-2:]))
+    if groups is None:
+        return None
+    return _Apart(split, tuple(permuted.args[1]), groups, True), last  # type: ignore[arg-type]
+
+
+def _sizes(node: fx.Node) -> Sizes | None:
+    """The shape of a value, where it is known and nothing in it is empty."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) and size for size in value.shape):
+        return None
+    return tuple(value.shape)
+
+
+def _grouped(dims: Sequence[int], joined: Sequence[int]) -> tuple[Sizes, Sizes, Sizes] | None:
+    """``dims`` cut into pieces whose products are ``joined``; None where they are not."""
+    pieces: list[list[int]] = []
+    left = iter(dims)
+    for size in joined:
+        pieces.append([])
+        while math.prod(pieces[-1]) < size:
+            dim = next(left, None)
+            if dim is None:
+                return None
+            pieces[-1].append(dim)
+        if math.prod(pieces[-1]) != size:
+            return None
+    pieces[-1] += left
+    if math.prod(pieces[-1]) != joined[-1]:
+        return None
+    return tuple(map(tuple, pieces))  # type: ignore[return-value]
+
+
+def _finest(choices: Sequence[Sizes]) -> Sizes | None:
+    """The one that all others are joins of, without dims of one."""
+    plain = [tuple(size for size in sizes if size != 1) for sizes in choices]
+    finest = max(plain, key=len)
+    return finest if all(_pieces(finest, sizes) is not None for sizes in plain) else None
+
+
+def _pieces(finest: Sizes, joined: Sizes) -> list[Sizes] | None:
+    """The dims of ``finest`` that each of ``joined`` stands for."""
+    found: list[Sizes] = []
+    place = 0
+    for size in joined:
+        start = place
+        while place < len(finest) and math.prod(finest[start:place]) < size:
+            place += 1
+        if math.prod(finest[start:place]) != size:
+            return None
+        found.append(finest[start:place])
+    return found if place == len(finest) else None
+
+
+def _padded(groups: Sequence[Sizes]) -> Iterator[int]:
+    for dims, most in zip(groups, _MOST, strict=True):
+        yield from (1,) * (most - len(dims))
+        yield from dims
+
+
+def _emit(graph: fx.Graph, operand: _Apart, groups: tuple[Sizes, Sizes, Sizes]) -> fx.Node:
+    """The operand as the product takes it: a view, as dims are only split."""
+    node = operand.node
+    if operand.order != tuple(range(len(operand.order))):
+        node = graph.call_function(aten.permute.default, (node, list(operand.order)))
+    return graph.call_function(aten.reshape.default, (node, list(_padded(groups))))
+
+
+def _order(out: _Apart, groups: tuple[Sizes, Sizes, Sizes]) -> Sizes:
+    """The dims of a result in the order of ``out``, by their places among all that the product has."""
+    places: list[list[int]] = []
+    first = 0
+    for dims, held, most in zip(groups, out.groups, _MOST, strict=True):
+        place = first + most - len(dims)
+        for size in held:
+            start = place
+            while math.prod(dims[start - first - most + len(dims) : place - first - most + len(dims)]) < size:
+                place += 1
+            places.append(list(range(start, place)))
+        first += most
+    named = [place for dim in out.order for place in places[dim]]
+    return (*(place for place in range(BATCH + 2 * PAIR) if place not in named), *named)
