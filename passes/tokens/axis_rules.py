@@ -74,9 +74,10 @@ def linear(walk: Walk, node: fx.Node) -> Step:
     if found is None:
         return barrier("a weight is computed from the tokens")
     layout = found[1]
-    if not axis.is_plain(layout[-1]):
+    if not axis.is_mixable(layout[-1]):
         return barrier("a linear layer mixes the tokens")
-    return equivariant((*layout[:-1], *axis.plain(shape(node)[-1:])), heavy=True)
+    (features,) = axis.plain(shape(node)[-1:])
+    return equivariant((*layout[:-1], (*axis.one_sample(layout[-1]), *features)), heavy=True)
 
 
 @_rule(aten.matmul.default)

@@ -91,6 +91,20 @@ def is_plain(factors: tuple[Factor, ...]) -> bool:
     return not any(isinstance(factor, (Batch, Span)) for factor in factors)
 
 
+def _is_one_sample(factor: Factor) -> bool:
+    return isinstance(factor, Batch) and size_equal(factor.size, 1)
+
+
+def one_sample(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+    """The batch of one among the factors of a dim: whatever mixes the others leaves it there."""
+    return tuple(factor for factor in factors if _is_one_sample(factor))
+
+
+def is_mixable(factors: tuple[Factor, ...]) -> bool:
+    """Whether what mixes the numbers along a dim mixes neither tokens nor samples."""
+    return is_plain(tuple(factor for factor in factors if not _is_one_sample(factor)))
+
+
 def count_spans(layout: Layout) -> int:
     """How many dims hold tokens; more than one pairs tokens with tokens."""
     return sum(isinstance(factor, Span) for factors in layout for factor in factors)
@@ -118,11 +132,7 @@ def merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
 def reshaped(layout: Layout, sizes: Sequence[Any]) -> Layout:
     """The layout after a reshape to ``sizes``. Raises ``Torn``."""
     pending = [factor for factors in layout for factor in factors]
-    result: list[tuple[Factor, ...]] = []
-    for size in sizes:
-        if result and not is_plain(result[-1]) and not size_equal(size, 1) and _is_one_sample(pending):
-            result[-1] = (*result[-1], pending.pop(0))  # beside the tokens, as more samples would lie, not the features
-        result.append(_take(pending, size))
+    result = [_take(pending, size) for size in sizes]
     if pending and result:
         if any(not size_equal(size_of(factor), 1) for factor in pending):
             raise Torn("sizes")
@@ -130,16 +140,11 @@ def reshaped(layout: Layout, sizes: Sequence[Any]) -> Layout:
     return tuple(merged(factors) for factors in result)
 
 
-def _is_one_sample(pending: Sequence[Factor]) -> bool:
-    """Whether a batch of one comes next."""
-    return bool(pending) and isinstance(pending[0], Batch) and size_equal(pending[0].size, 1)
-
-
 def _take(pending: list[Factor], size: Any) -> tuple[Factor, ...]:
     """Factors from the front of ``pending`` whose product is ``size``."""
     taken: list[Factor] = []
     rest = size
-    if size_equal(size, 1) and _is_one_sample(pending):
+    if size_equal(size, 1) and pending and _is_one_sample(pending[0]):
         return (pending.pop(0),)
     while not size_equal(rest, 1):
         if not pending:

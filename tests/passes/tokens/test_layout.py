@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regraft.passes.tokens.layout import Batch, Layout, Span, Torn, merged, permuted, reshaped, sizes, span_dim
+from regraft.passes.tokens.layout import (
+    Batch,
+    Layout,
+    Span,
+    Torn,
+    is_mixable,
+    merged,
+    permuted,
+    reshaped,
+    sizes,
+    span_dim,
+)
 
 B, N = Batch(2), Span(0, 6)
 
@@ -25,8 +36,9 @@ def test_a_batch_of_one_is_not_lost() -> None:
     one = Batch(1)
     assert reshaped(((one,), (N,), (4,)), [1, 24]) == ((one,), (N, 4))
     assert reshaped(((one, N), (4,)), [6, 4]) == ((one, N), (4,))
-    assert reshaped(((N,), (one,), (2,), (4,)), [6, 8]) == ((N, one), (8,))  # where two samples would lie
-    assert reshaped(((N, one), (8,)), [6, 1, 8]) == ((N,), (one,), (8,))
+    beside = reshaped(((N,), (one,), (2,), (4,)), [6, 8])
+    assert beside == ((N,), (one, 8)) and reshaped(beside, [6, 1, 8]) == ((N,), (one,), (8,))
+    assert is_mixable(beside[1]) and not is_mixable((B, 8)) and not is_mixable((one, N))
 
 
 @pytest.mark.parametrize(
