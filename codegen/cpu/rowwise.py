@@ -84,13 +84,20 @@ def lower_row_norm(context: Context, node: fx.Node) -> Lowered:
     """layer_norm or rms_norm over the last dim, on the flat form where there is one."""
     given = arguments(node)
     x: fx.Node = given["x"] if "x" in given else given["input"]
-    on_flat = context.has_flat(x) and (
-        node.target is not aten.layer_norm.default or len(given["normalized_shape"]) == 1
-    )
+    last_dim = node.target is not aten.layer_norm.default or len(given["normalized_shape"]) == 1
+    on_flat = last_dim and (context.has_flat(x) or _is_turned(context, x))
     source = context.flat(x) if on_flat else context.value(x)
     optional = {name: None if given.get(name) is None else context.value(given[name]) for name in ("weight", "bias")}
     out = _emit_norm(context, node, source, optional)
     return Lowered(flat=out, fresh=True) if on_flat else Lowered(full=out, fresh=True)
+
+
+def _is_turned(context: Context, node: fx.Node) -> bool:
+    """Whether a permutation moved the last dim away, as tokens of an image are: any norm copies it first, and as rows
+    the copy is there for the residual too."""
+    if node.target is not aten.permute.default or rank(node) < 2 or not isinstance(shape(node)[-1], int):
+        return False
+    return arguments(node)["dims"][-1] not in (-1, rank(node) - 1) and context.can_unflatten(node)
 
 
 def _emit_norm(context: Context, node: fx.Node, source: fx.Node, optional: dict[str, fx.Node | None]) -> fx.Node:

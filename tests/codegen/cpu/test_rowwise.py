@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 
 from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.rowwise import (
@@ -26,6 +26,8 @@ from regraft.ir.ops.activation import ACTIVATIONS, activate
 from regraft.ir.verify import relative_l2
 from tests.codegen.cpu.support import needs_native
 from tests.support import captured
+
+aten = torch.ops.aten
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:
@@ -106,6 +108,26 @@ def test_a_norm_with_its_activation(name: str, size: int) -> None:
     assert called.count(norm_native) == 2 and len(called) <= 3, "no call but the sum's"
     for found, wanted in zip(executable(x), model(x.double()), strict=True):
         assert relative_l2(found.double(), wanted) <= 2e-6
+
+
+def test_tokens_of_an_image_are_copied_once_for_a_norm_and_its_residual() -> None:
+    weight, x = draw(8, 8, seed=1), draw(2, 8, 3, 5)
+
+    def model(x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        linear = torch.nn.functional.linear(torch.nn.functional.layer_norm(tokens, (8,)), weight.to(x.dtype))
+        return tokens + linear
+
+    executable = lower(captured(model, (x,)))
+    assert relative_l2(executable(x)[0].double(), model(x.double())) <= 2e-6
+    copies = [node for node in executable.module.graph.nodes if node.target is aten.reshape.default and turned(node)]
+    assert len(copies) == 1
+
+
+def turned(node: fx.Node) -> bool:
+    """Whether a reshape is of a permutation."""
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.target is aten.permute.default
 
 
 @needs_native
