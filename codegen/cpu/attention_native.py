@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,12 +37,17 @@ def native_can_map(context: Context, given: dict[str, Any]) -> bool:
 
 
 def lower_lse(context: Context, node: fx.Node) -> Lowered | None:
-    """``regraft::attention_lse`` natively."""
+    """``regraft::attention_lse`` natively; a number at masked scores counts in the sum: it is left as it is."""
     given = arguments(node)
-    if not _in_fp32(given, ("query", "key")) or NATIVE.missing():
+    if not _in_fp32(given, ("query", "key", "bias", "slopes", "sinks")) or NATIVE.missing():
         return None
-    query, key = context.value(given["query"]), context.value(given["key"])
-    return Lowered(full=context.call(lse_native, query, key, given["scale"], given["softcap"]))
+    if given["mask_fill"] not in (None, -math.inf):
+        return None
+    mask = mask_nodes(context, given, take_apart(context, given))
+    operands = [context.value(given[name]) for name in ("query", "key")]
+    tables = [None if given[name] is None else context.value(given[name]) for name in ("slopes", "sinks")]
+    options = given["scale"], given["softcap"], mask.spans, mask.bits
+    return Lowered(full=context.call(lse_native, *operands, mask.added, *tables, *options))
 
 
 def _in_fp32(given: dict[str, Any], names: tuple[str, ...]) -> bool:

@@ -39,13 +39,14 @@ def to_dense(
     key_length: int,
     device: torch.device | str = "cpu",
     symbols: Mapping[str, int] | None = None,
+    some: slice = slice(None),
 ) -> Tensor:
     """The mask as a boolean tensor [batch, heads, query_length, key_length], true = visible.
 
-    ``symbols``: values of names other than ``query_len`` and ``key_len`` in the bounds.
+    ``symbols``: values of names other than ``query_len`` and ``key_len`` in the bounds; ``some``: these rows only.
     """
-    told = to_broadcast(predicate, tensors, heads, query_length, key_length, device, symbols)
-    return told.expand(batch, heads, query_length, key_length).clone()
+    told = to_broadcast(predicate, tensors, heads, query_length, key_length, device, symbols, some)
+    return told.expand(batch, heads, len(range(query_length)[some]), key_length).clone()
 
 
 def to_broadcast(
@@ -56,21 +57,22 @@ def to_broadcast(
     key_length: int,
     device: torch.device | str = "cpu",
     symbols: Mapping[str, int] | None = None,
+    some: slice = slice(None),
 ) -> Tensor:
     """The mask as ``to_dense`` has it, but a size is 1 where the predicate tells nothing apart: ``[batch or 1, heads or
     1, query_length or 1, key_length or 1]``. It may be a view of one of the tensors."""
     sizes = {**(symbols or {}), QUERY_LENGTH: query_length, KEY_LENGTH: key_length}
-    query = torch.arange(query_length, device=device)[:, None]
+    query = torch.arange(query_length, device=device)[some, None]
     key = torch.arange(key_length, device=device)[None, :]
 
     def rows(number: int) -> Tensor:
-        return tensors[number].to(device).reshape(-1, 1, query_length, 1)
+        return tensors[number].to(device).reshape(-1, 1, query_length, 1)[:, :, some]
 
     def keys(number: int) -> Tensor:
         return tensors[number].to(device).reshape(-1, 1, 1, key_length)
 
     def bits(words: Tensor) -> Tensor:
-        words = words.reshape(-1, query_length, words.shape[-1])
+        words = words.reshape(-1, query_length, words.shape[-1])[:, some]
         place = key[0] - (key_length - query_length)
         chosen = words[..., (place // _WORD).clamp(0, words.shape[-1] - 1)]
         known = (place >= 0) & (place < _WORD * words.shape[-1])
@@ -100,7 +102,8 @@ def to_broadcast(
             case Chunk(size, offset):
                 return (query + offset.evaluate(sizes)) // size == key // size
             case Dense(number):
-                return tensors[number].to(device) != 0
+                pairs = tensors[number].to(device)
+                return (pairs if pairs.dim() < 2 or pairs.shape[-2] == 1 else pairs[..., some, :]) != 0
             case Heads(first, last):
                 head = torch.arange(heads, device=device)[:, None, None]
                 return (head >= first) & (head < last)

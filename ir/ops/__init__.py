@@ -3,10 +3,12 @@
 from regraft.ir.ops.activation import activation
 from regraft.ir.ops.add_norm import add_norm
 from regraft.ir.ops.attention import attention
-from regraft.ir.ops.attention_lse import attention_lse
+from regraft.ir.ops.attention_column_sums import attention_column_sums
+from regraft.ir.ops.attention_lse import attention_lse, attention_max
 from regraft.ir.ops.attention_mapped import attention_mapped
 from regraft.ir.ops.attention_packed import attention_packed
 from regraft.ir.ops.attention_part import attention_merge, attention_part
+from regraft.ir.ops.attention_topk import attention_topk
 from regraft.ir.ops.gather import gather
 from regraft.ir.ops.glu import glu
 from regraft.ir.ops.linear import linear
@@ -32,11 +34,14 @@ __all__ = [
     "activation",
     "add_norm",
     "attention",
+    "attention_column_sums",
     "attention_lse",
     "attention_mapped",
+    "attention_max",
     "attention_merge",
     "attention_packed",
     "attention_part",
+    "attention_topk",
     "gather",
     "glu",
     "linear",

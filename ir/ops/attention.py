@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from regraft.ir.mask import parse, to_dense
 from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.attention_scores import scores_of
+from regraft.ir.ops.attention_scores import scores_of, softmax_of, spread_heads
 from regraft.ir.ops.registry import Cost, register, traffic
 
 
@@ -85,19 +85,11 @@ def _attend(
     empty_rows: str,
     softcap: float,
 ) -> Tensor:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (t.repeat_interleave(groups, dim=1).to(wide) for t in (key, value))
-    scores = scores_of(query, keys, scale, softcap, bias, slopes)
+    values = spread_heads(query, value)
+    scores = scores_of(query, key.to(values.dtype), scale, softcap, bias, slopes)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf if mask_fill is None else mask_fill)
-    if sinks is not None:
-        column = sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    if empty_rows == "zero" and sinks is None:
-        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    weights = softmax_of(scores, sinks, empty_rows)
     return (weights @ values).to(query.dtype)
 
 

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from regraft.ir.mask import parse, to_dense
 from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.attention_scores import of_rows, scores_of
+from regraft.ir.ops.attention_scores import row_blocks, spread_heads
 from regraft.ir.ops.registry import Cost, register, traffic
 
 #: phi: a score's weight.
@@ -29,7 +28,6 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 #: What divides a row, from its sum of weights Z: Z, nothing, Z + constant, max(|Z|, 1), constant.
 NORMALISERS = ("sum", "none", "sum_eps", "sum_abs", "constant")
-_SCORES_AT_ONCE = 1 << 21
 
 
 def reference(
@@ -51,21 +49,13 @@ def reference(
     if weight not in WEIGHTS or normaliser not in NORMALISERS:
         known = f"weights {', '.join(WEIGHTS)}; normalisers {', '.join(NORMALISERS)}"
         raise ValueError(f"weight {weight!r} with normaliser {normaliser!r} was given; known: {known}")
-    wide = torch.promote_types(query.dtype, torch.float32)
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (tensor.repeat_interleave(groups, 1).to(wide) for tensor in (key, value))
-    batch, heads, length = query.shape[:3]
-    allowed = None
-    if mask != "all":
-        allowed = to_dense(parse(mask), mask_tensors, batch, heads, length, key.shape[2], query.device)
-    out = query.new_empty((batch, heads, length, value.shape[3]))
-    step = max(1, _SCORES_AT_ONCE // max(1, batch * heads * key.shape[2]))
-    for start in range(0, length, step):
-        rows = slice(start, start + step)
-        scores = scores_of(query[:, :, rows], keys, scale, softcap, of_rows(bias, rows), slopes, first_row=start)
+    values = spread_heads(query, value)
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    options = {"scale": scale, "mask": mask, "softcap": softcap}
+    for rows, scores, seen in row_blocks(query, key, mask_tensors, bias, slopes, **options):  # type: ignore[arg-type]
         weights = WEIGHTS[weight](scores)
-        if allowed is not None:
-            weights = weights.masked_fill(~allowed[:, :, rows], 0.0)
+        if seen is not None:
+            weights = weights.masked_fill(~seen, 0.0)
         out[:, :, rows] = (_normalised(weights @ values, weights, normaliser, constant)).to(query.dtype)
     return out
 

@@ -13,12 +13,9 @@ import math
 import torch
 from torch import Tensor, fx
 
-from regraft.ir.mask import parse, to_dense
 from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.attention_scores import of_rows, scores_of
+from regraft.ir.ops.attention_scores import row_blocks, spread_heads, with_sinks
 from regraft.ir.ops.registry import Cost, elements, register, traffic
-
-_SCORES_AT_ONCE = 1 << 21
 
 
 def reference(
@@ -42,32 +39,17 @@ def reference(
     log-sum-exp of their scores. ``mask``, ``mask_tensors``, ``bias`` and ``slopes`` are those of ``regraft::attention``
     over all ``keys``. A row without a key here is 0, its log-sum-exp minus infinity. A few rows at a time.
     """
-    batch, heads, length = query.shape[:3]
-    part, groups = key.shape[2], heads // key.shape[1]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    here = slice(first, first + part)
-    allowed = None
-    if mask != "all":
-        allowed = to_dense(parse(mask), mask_tensors, batch, heads, length, keys, query.device)[..., here]
-    if bias is not None and bias.dim() and bias.shape[-1] != 1:
-        bias = bias[..., here]
-    key, value = (tensor.repeat_interleave(groups, 1).to(wide) for tensor in (key, value))
-    out = query.new_empty((batch, heads, length, value.shape[3] + 1), dtype=wide)
-    step = max(1, _SCORES_AT_ONCE // max(1, batch * heads * part))
-    for start in range(0, length, step):
-        rows = slice(start, start + step)
-        bias_here, seen = of_rows(bias, rows), of_rows(allowed, rows)
-        scores = scores_of(query[:, :, rows], key, scale, softcap, bias_here, slopes, first_row=start, first_key=first)
-        if seen is not None:
-            scores = scores.masked_fill(~seen, -math.inf if mask_fill is None else mask_fill)
-        if sinks is not None:
-            column = sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-            scores = torch.cat([scores, column], -1)
+    part = key.shape[2]
+    out: Tensor = _fake(query, key, value, mask_tensors, first=first, keys=keys, scale=scale)
+    values = spread_heads(query, value)
+    options = {"scale": scale, "mask": mask, "softcap": softcap, "first": first, "keys": keys}
+    for block in row_blocks(query, key, mask_tensors, bias, slopes, **options):  # type: ignore[arg-type]
+        scores = with_sinks(block.masked(mask_fill), sinks)
         lse = scores.logsumexp(-1, keepdim=True)
         empty = lse == -math.inf
         weights = (scores - lse.masked_fill(empty, 0.0)).exp()[..., :part]
-        out[:, :, rows, :-1] = weights @ value
-        out[:, :, rows, -1:] = lse
+        out[:, :, block.rows, :-1] = weights @ values
+        out[:, :, block.rows, -1:] = lse
     return out
 
 

@@ -1,9 +1,17 @@
-"""The scores that all definitions of attention share: scale, softcap, bias and slopes, in this order."""
+"""The scores that all definitions of attention share, a few rows at a time, and the softmax's weights of them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from regraft.ir.mask import parse, to_dense
+
+_SCORES_AT_ONCE = 1 << 21
 
 
 def scores_of(
@@ -19,10 +27,10 @@ def scores_of(
 ) -> Tensor:
     """``softcap(scale * q k^T) + bias + slopes * (key - query)``, ``[batch, heads, rows, keys]`` in ``key``'s type.
 
-    ``query`` ``[batch, heads, rows, head_dim]``, ``key`` ``[batch, heads, keys, head_dim]``; ``bias`` broadcasts to the
-    result. They may be a part of a larger whole, which begins at ``first_row`` and ``first_key``.
+    ``query`` ``[batch, heads, rows, head_dim]``, ``key`` ``[batch, kv_heads, keys, head_dim]``; ``bias`` broadcasts to
+    the result. They may be a part of a larger whole, which begins at ``first_row`` and ``first_key``.
     """
-    scores = query.to(key.dtype) @ key.mT * scale
+    scores = _product(query.to(key.dtype), key) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
@@ -35,6 +43,88 @@ def scores_of(
     return scores
 
 
+def _product(query: Tensor, key: Tensor) -> Tensor:
+    """``q k^T``; heads that share keys read them once."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads == kv_heads:
+        return query @ key.mT
+    rows = query.shape[2]
+    packed = query.reshape(query.shape[0], kv_heads, heads // kv_heads * rows, query.shape[3])
+    return (packed @ key.mT).reshape(query.shape[0], heads, rows, key.shape[2])
+
+
+class Block(NamedTuple):
+    """``scores`` ``[batch, heads, rows, keys]`` of some ``rows``, and which of them are ``seen``; None for all."""
+
+    rows: slice
+    scores: Tensor
+    seen: Tensor | None
+
+    def masked(self, fill: float | None) -> Tensor:
+        """The scores with ``fill``, or minus infinity, where a row does not see a key."""
+        if self.seen is None:
+            return self.scores
+        return self.scores.masked_fill(~self.seen, -math.inf if fill is None else fill)
+
+
+def row_blocks(
+    query: Tensor,
+    key: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    *,
+    scale: float,
+    mask: str,
+    softcap: float,
+    first: int = 0,
+    keys: int | None = None,
+) -> Iterator[Block]:
+    """The scores of ``regraft::attention`` in fp32 or wider, so many rows at a time that neither they nor their mask
+    are ever in memory as a whole.
+
+    ``key`` ``[batch, kv_heads, part, head_dim]`` may be those from ``first`` on of ``keys``; mask and bias are those of
+    all keys.
+    """
+    batch, heads, length = query.shape[:3]
+    part = key.shape[2]
+    whole, here = part if keys is None else keys, slice(first, first + part)
+    key = key.to(torch.promote_types(query.dtype, torch.float32))
+    if bias is not None and bias.dim() and bias.shape[-1] != 1:
+        bias = bias[..., here]
+    step = max(1, _SCORES_AT_ONCE // max(1, batch * heads * part))
+    for start in range(0, length, step):
+        rows = slice(start, start + step)
+        seen = None
+        if mask != "all":
+            seen = to_dense(parse(mask), mask_tensors, batch, heads, length, whole, query.device, some=rows)[..., here]
+        added = of_rows(bias, rows)
+        scores = scores_of(query[:, :, rows], key, scale, softcap, added, slopes, first_row=start, first_key=first)
+        yield Block(rows, scores, seen)
+
+
+def spread_heads(query: Tensor, tensor: Tensor) -> Tensor:
+    """Keys or values ``[batch, kv_heads, …]``, one for each head of ``query``, in fp32 or wider."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return tensor.repeat_interleave(query.shape[1] // max(1, tensor.shape[1]), 1).to(wide)
+
+
 def of_rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     """Some rows of what broadcasts to ``[batch, heads, length, keys]``."""
     return tensor if tensor is None or tensor.dim() < 2 or tensor.shape[-2] == 1 else tensor[..., rows, :]
+
+
+def with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """The scores with the sink of each head ``[heads]`` as a last column."""
+    if sinks is None:
+        return scores
+    column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1)
+
+
+def softmax_of(scores: Tensor, sinks: Tensor | None, empty_rows: str) -> Tensor:
+    """The weights of masked scores; ``sinks`` and ``empty_rows`` as in ``regraft::attention``."""
+    weights = with_sinks(scores, sinks).softmax(-1)[..., : scores.shape[-1]]
+    if empty_rows == "zero" and sinks is None:
+        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    return weights

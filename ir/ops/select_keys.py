@@ -5,35 +5,31 @@ their highest counts, so that one index serves the whole group."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, fx
 
-from regraft.ir.mask import parse, to_dense
 from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.attention_topk import reference as highest
 from regraft.ir.ops.registry import Cost, register, traffic
 
 
 def reference(
     query: Tensor, key: Tensor, mask_tensors: list[Tensor], scale: float, mask: str, count: int
 ) -> tuple[Tensor, Tensor]:
-    """The definition. ``query`` ``[batch, heads, length, head_dim]``, ``key`` ``[batch, kv_heads, keys, head_dim]``;
-    the results are ``[batch, kv_heads, count]``: places of keys in rising order, and whether the query sees them (a
-    row may see fewer than ``count``). Raises ``ValueError`` when there are fewer keys than ``count``."""
-    batch, heads, length = query.shape[:3]
-    kv_heads, keys = key.shape[1:3]
-    if not 0 < count <= keys:
-        raise ValueError(f"{count} keys were to be selected of {keys}; give a number from 1 to {keys}")
-    wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(wide).reshape(batch, kv_heads, -1, query.shape[-1])
-    scores = grouped @ key.to(wide).mT * scale
-    if mask != "all":
-        seen = to_dense(parse(mask), mask_tensors, batch, heads, length, keys, query.device)
-        scores = scores.masked_fill(~seen.reshape(scores.shape), -math.inf)
-    best = scores.amax(2)
-    index = best.topk(count, -1).indices.sort(-1).values
-    return index, best.gather(-1, index) > -math.inf
+    """The definition. ``query`` ``[batch, heads, 1, head_dim]``, ``key`` ``[batch, kv_heads, keys, head_dim]``; the
+    results are ``[batch, kv_heads, count]``: places of keys in rising order, and whether the query sees them (a row may
+    see fewer than ``count``; the place is 0 then). Raises ``ValueError`` for more queries, or fewer keys than
+    ``count``."""
+    if query.shape[2] != 1:
+        raise ValueError(f"{query.shape[2]} queries were given; keys are selected for one, a step of decoding")
+    _, index = highest(query, key, mask_tensors, None, None, scale, mask, 0.0, count, True)
+    return in_rising_order(index, key.shape[2])
+
+
+def in_rising_order(index: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """The selection from what ``regraft::attention_topk`` gives of a single row, -1 for what it does not see."""
+    index = index[:, :, 0].masked_fill(index[:, :, 0] < 0, keys).sort(-1).values  # what is not seen comes last
+    return index.masked_fill(index == keys, 0), index < keys
 
 
 @torch.library.custom_op(

@@ -11,27 +11,30 @@ instead of queries and keys without a scale, ``|v|`` the L1 norm of the mean val
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.attention_column_sums import reference as column_sums
 from regraft.ir.ops.registry import Cost, register, traffic
 
-_ROWS = 128  # of weights that are in memory at a time
+#: Of the column sums of the kind "received": padding gives nothing and receives nothing.
+PRESENT = "keys(0) & rows(0)"
 
 
 @dataclass(frozen=True)
 class Heads:
     """What a score reads: ``query`` ``[batch, heads, tokens, head_dim]``, ``key`` and ``value`` with as many heads, in
-    fp32; ``present`` ``[batch, tokens]``."""
+    fp32; ``present`` ``[batch, tokens]``, all of them where nothing is ``padded``."""
 
     query: Tensor
     key: Tensor
     value: Tensor | None
     present: Tensor
+    padded: bool
     scale: float
 
     def weights(self, rows: Tensor, shown: Tensor) -> Tensor:
@@ -59,17 +62,16 @@ def _last(given: Heads) -> Tensor:
 
 
 def _received(given: Heads) -> Tensor:
-    total = torch.zeros_like(given.query[:, 0, :, 0])
-    for start, stop in _blocks(given.query.shape[2]):
-        weights = given.weights(given.query[:, :, start:stop], given.present)
-        weights = weights.masked_fill(~given.present[:, None, start:stop, None], 0.0)
-        total = total + weights.mean(1).sum(1)
-    return total / given.present.sum(-1, keepdim=True).clamp(min=1)
+    mask, masks = (PRESENT, [given.present]) if given.padded else ("all", [])
+    sums = column_sums(given.query, given.key, masks, None, None, None, given.scale, mask, None, "zero", 0.0)
+    return mean_received(sums, given.present)
 
 
-def _blocks(rows: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, rows, _ROWS):
-        yield start, min(start + _ROWS, rows)
+def mean_received(sums: Tensor, present: Tensor | None) -> Tensor:
+    """Scores ``[batch, tokens]`` of the kind "received" from ``regraft::attention_column_sums`` ``[batch, heads,
+    tokens]``, masked by ``PRESENT`` where some tokens are not."""
+    rows = sums.shape[2] if present is None else (present != 0).sum(-1, keepdim=True)
+    return sums.mean(1) / (rows.clamp(min=1) if isinstance(rows, Tensor) else max(1, rows))
 
 
 def _flow(given: Heads) -> Tensor:
@@ -108,7 +110,7 @@ def reference(query: Tensor, key: Tensor, keep: Tensor | None, value: Tensor | N
     groups = heads // key.shape[1]
     spread = [None if part is None else part.float().repeat_interleave(groups, dim=1) for part in (key, value)]
     assert spread[0] is not None
-    return _SCORES[kind](Heads(query.float(), spread[0], spread[1], present, scale))
+    return _SCORES[kind](Heads(query.float(), spread[0], spread[1], present, keep is not None, scale))
 
 
 def _check(kind: str, has_values: bool) -> None:

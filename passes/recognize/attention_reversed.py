@@ -93,7 +93,7 @@ class RecognizeReversedAttention(Rule):
         heads, scores = match.facts["site"]
         given = build_operands(build, heads, scores, Masks(predicate=Everything()))
         query, key, value = given.tensors[:3]
-        lse = build.call(ops.attention_lse, query, key, scale=given.scale, softcap=scores.softcap)
+        lse = build.call(ops.attention_lse, query, key, [], scale=given.scale, softcap=scores.softcap)
         shift = build.call(aten.unsqueeze.default, build.call(aten.neg.default, lse), 2)
         node = build.call(
             ops.attention_mapped, key, query, value, [], shift, None,

@@ -74,11 +74,22 @@ def attend(
     return _call(library, query, (key, key_more), (value, value_more), mask, slopes, sinks, spans, bits, options, out)
 
 
-def log_sum_exp(library: ctypes.CDLL, query: Tensor, key: Tensor, scale: float, softcap: float) -> NativeCall:
-    """``regraft::attention_lse`` of fp32 ``query`` and ``key``, as of ``attend``: ``[batch, heads, length]``."""
+def log_sum_exp(
+    library: ctypes.CDLL,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    spans: Tensor | None,
+    bits: Tensor | None,
+) -> NativeCall:
+    """``regraft::attention_lse`` of operands as of ``attend``: ``[batch, heads, length]``."""
     out = query.new_empty(query.shape[:3])
     options = scale, softcap, 0.0, EMPTY_ROWS["zero"], WEIGHTS["softmax"], NORMALISERS["sum"]
-    return _call(library, query, (key, None), (None, None), None, None, None, None, None, options, out)
+    return _call(library, query, (key, None), (None, None), mask, slopes, sinks, spans, bits, options, out)
 
 
 def _call(

@@ -50,7 +50,7 @@ def test_the_kernel_is_the_formula(
     query = draw(batch, length, kv_heads * groups, head_dim).transpose(1, 2)
     key = draw(batch, kv_heads, keys, head_dim, seed=1)
     library = NATIVE.library()
-    found = log_sum_exp(library, query, key, scale, softcap).run(library)
+    found = log_sum_exp(library, query, key, None, None, None, scale, softcap, None, None).run(library)
     assert relative_l2(found, formula(query, key, scale, softcap).float()) < 1e-5
 
 
@@ -58,17 +58,30 @@ def test_the_kernel_is_the_formula(
 def test_scores_that_no_exponential_holds() -> None:
     library = NATIVE.library()
     query, key = torch.full((1, 1, 2, 4), 30.0), torch.full((1, 1, 5, 4), 30.0)
-    assert torch.allclose(
-        log_sum_exp(library, query, key, 1.0, 0.0).run(library), torch.tensor(3600.0 + math.log(5)), rtol=1e-6
-    )
+    found = log_sum_exp(library, query, key, None, None, None, 1.0, 0.0, None, None).run(library)
+    assert torch.allclose(found, torch.tensor(3600.0 + math.log(5)), rtol=1e-6)
     key[0, 0, 3, 1] = math.nan
-    assert log_sum_exp(library, query, key, 1.0, 0.0).run(library).isnan().all()
+    assert log_sum_exp(library, query, key, None, None, None, 1.0, 0.0, None, None).run(library).isnan().all()
+
+
+@pytest.mark.parametrize("mask", ["band(None,0)", "keys(0) & band(-9,3)", "dense(1)"])
+def test_masks_and_sinks_are_lowered_too(mask: str) -> None:
+    query, key, sinks = draw(2, 4, 30, 8), draw(2, 2, 40, 8, seed=1), draw(4, seed=2)
+    tensors = [torch.arange(40)[None] < torch.tensor([[40], [7]]), draw(2, 1, 30, 40, seed=3) > 0]
+    options = {"scale": 0.3, "mask": mask, "softcap": 5.0}
+    executable = lower(captured(lambda q, k, a, b, s: attention_lse(q, k, [a, b], None, None, s, **options),
+                                (query, key, *tensors, sinks)))  # fmt: skip
+    (found,) = executable(query, key, *tensors, sinks)
+    wanted = attention_lse(query.double(), key.double(), tensors, None, None, sinks.double(), **options)
+    assert relative_l2(found.double(), wanted) < 1e-6
+    native = any(node.target is lse_native for node in executable.module.graph.nodes)
+    assert native == (not NATIVE.missing())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_site_is_lowered_to_the_kernel_where_it_is_in_fp32(dtype: torch.dtype) -> None:
     query, key = draw(2, 4, 70, 8, dtype=dtype), draw(2, 2, 90, 8, seed=1, dtype=dtype)
-    program = captured(lambda q, k: attention_lse(q, k, scale=0.3), (query, key))
+    program = captured(lambda q, k: attention_lse(q, k, [], scale=0.3), (query, key))
     executable = lower(program)
     (found,) = executable(query, key)
     assert found.dtype == dtype and relative_l2(found.double(), formula(query, key, 0.3, 0.0)) < 1e-6

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from regraft.ir import ops
 from regraft.ir.ops.activation import ACTIVATIONS, activate
@@ -39,7 +40,31 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         ),
         {"scale": 0.5, "mask": "keys(0)", "mask_fill": -1e4, "empty_rows": "zero", "softcap": 20.0},
     ),
-    "attention_lse": (ops.attention_lse, (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8)), {"scale": 0.5, "softcap": 9.0}),
+    "attention_lse": (
+        ops.attention_lse,
+        (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), [], None, None, numbers(4)),
+        {"scale": 0.5, "mask": "band(None,2)", "softcap": 9.0},
+    ),
+    "attention_max": (
+        ops.attention_max,
+        (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), [torch.ones(2, 5)], numbers(3, 5), numbers(4)),
+        {"scale": 0.5, "mask": "keys(0)", "mask_fill": -1.0},
+    ),
+    "attention_column_sums": (
+        ops.attention_column_sums,
+        (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), [], numbers(1, 5), numbers(4), numbers(4)),
+        {"scale": 0.5, "mask": "band(None,-1)", "empty_rows": "zero"},
+    ),
+    "attention_topk": (
+        ops.attention_topk,
+        (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), []),
+        {"scale": 0.5, "mask": "band(None,0)", "count": 3},
+    ),
+    "attention_topk of groups": (
+        ops.attention_topk,
+        (numbers(2, 4, 3, 8).bfloat16(), numbers(2, 2, 5, 8).bfloat16(), []),
+        {"scale": 0.5, "count": 3, "shared": True},
+    ),
     "attention_mapped": (
         ops.attention_mapped,
         (numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), numbers(2, 2, 5, 6), [], numbers(1, 1, 1, 5), numbers(4)),
@@ -143,6 +168,14 @@ SAMPLES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
 @pytest.mark.parametrize(("operator", "args", "kwargs"), SAMPLES.values(), ids=SAMPLES)
 def test_passes_torchs_own_checks(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     torch.library.opcheck(operator, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+    with_grad = pytree.tree_map_only(Tensor, lambda x: x.clone().requires_grad_(x.is_floating_point()), args)
+    torch.library.opcheck(operator, with_grad, kwargs, test_utils="test_autograd_registration")
+
+
+def test_every_operator_of_the_library_has_a_sample() -> None:
+    """An operator without one fails here, be it in the registry or not."""
+    named = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("regraft::")}
+    assert named == {sample[0]._schema.name.partition("::")[2] for sample in SAMPLES.values()}
 
 
 def test_every_operator_is_registered_with_its_meaning() -> None:

@@ -1,0 +1,90 @@
+"""``regraft::attention_column_sums``: how much weight each key receives from all queries, without the weights.
+
+``sum_i softmax(scores)_ij``, a sum over rows for each head and key: what token pruning by received attention and
+key-value cache eviction rank by (Kim et al., "Learned Token Pruning", KDD 2022; Zhang et al., "H2O", NeurIPS 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.attention_scores import row_blocks, softmax_of
+from regraft.ir.ops.registry import Cost, register, traffic
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    mask: str,
+    mask_fill: float | None,
+    empty_rows: str,
+    softcap: float,
+) -> Tensor:
+    """The definition. Operands are those of ``regraft::attention``; the result is ``[batch, heads, keys]`` in fp32 or
+    wider, for every head of the queries. A few rows at a time, of each all keys: their softmax needs no other pass."""
+    out: Tensor = _fake(query, key, mask_tensors, scale=scale).zero_()
+    options = {"scale": scale, "mask": mask, "softcap": softcap}
+    for block in row_blocks(query, key, mask_tensors, bias, slopes, **options):  # type: ignore[arg-type]
+        out += softmax_of(block.masked(mask_fill), sinks, empty_rows).sum(-2)
+    return out
+
+
+@torch.library.custom_op(
+    "regraft::attention_column_sums",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None, "
+    "Tensor? sinks=None, *, float scale, str mask='all', float? mask_fill=None, str empty_rows='nan', "
+    "float softcap=0.0) -> Tensor",
+)
+def _attention_column_sums(
+    query: Tensor,
+    key: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    mask: str = "all",
+    mask_fill: float | None = None,
+    empty_rows: str = "nan",
+    softcap: float = 0.0,
+) -> Tensor:
+    return reference(query, key, mask_tensors, bias, slopes, sinks, scale, mask, mask_fill, empty_rows, softcap)
+
+
+@_attention_column_sums.register_fake
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    mask_tensors: list[Tensor],
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    mask: str = "all",
+    mask_fill: float | None = None,
+    empty_rows: str = "nan",
+    softcap: float = 0.0,
+) -> Tensor:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty((query.shape[0], query.shape[1], key.shape[2]), dtype=wide)
+
+
+def cost(node: fx.Node) -> Cost:
+    """One matrix product: a kernel that does not hold all keys of a row takes a second one for its log-sum-exp."""
+    given = arguments(node)
+    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
+    keys = concrete(given["key"].meta["val"].shape[2])
+    return Cost(2.0 * batch * heads * length * keys * head_dim, traffic(node))
+
+
+attention_column_sums = register("attention_column_sums", _attention_column_sums, reference, cost)
