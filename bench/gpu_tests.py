@@ -1,4 +1,5 @@
-"""The part "tests" of ``make gpu``: every attention and token kernel of the catalogue against its definition in fp64.
+"""The part "tests" of ``make gpu``: every attention, score and token kernel of the catalogue against its definition in
+fp64.
 
 bf16 is tested nowhere else: Triton's interpreter computes its products wrongly. A row is the relative L2 error of one
 kernel at sizes that are no multiple of any tile, and of its log-sum-exp where it gives one. A plan is compared with the
@@ -22,6 +23,7 @@ from bench.gpu_token_operands import merged_operands, plan_operands
 from regraft.codegen.triton.attention_layout import CONTIGUOUS
 from regraft.codegen.triton.attention_merge import MergeSpec
 from regraft.codegen.triton.attention_samples import AttentionSample, all_attention
+from regraft.codegen.triton.attention_scores_samples import ScoreSample, all_scores
 from regraft.codegen.triton.emit import Kernel
 from regraft.codegen.triton.load import load_kernel
 from regraft.codegen.triton.tokens.plan import emit_plan
@@ -39,6 +41,7 @@ def rows(setting: Setting) -> dict[str, Row]:
     plans, merges = plan_specs(), token_samples()
     return {
         **{name: partial(_row, sample) for name, sample in all_attention().items()},
+        **{name: partial(_scores, sample) for name, sample in all_scores().items()},
         **{name: partial(_plan, spec) for name, spec in plans.items()},
         **{name: partial(_moved, emit) for name, emit in merges.items() if name not in plans},
         **program_rows(),
@@ -63,6 +66,22 @@ def _row(sample: AttentionSample, setting: Setting) -> Outcome:
     figures: dict[str, Any] = {"error": errors[0]} | ({"error_lse": errors[1]} if len(errors) > 1 else {})
     passed = errors[0] <= tolerance and all(error <= TOLERANCE[torch.float16] for error in errors[1:])
     return Outcome(figures, passed, f"error at most {tolerance:g}", {"numbers": passed})
+
+
+def _scores(sample: ScoreSample, setting: Setting) -> Outcome:
+    """A kernel that looks at scores alone. Of the highest keys, scores are compared: keys that are alike may differ."""
+    kernel = sample.emit()
+    module = load_kernel(kernel)
+    queries = setting.pick(301, 21)
+    sizes = Sizes(2, 4, 3, queries, queries if sample.square else setting.pick(333, 300))
+    given = attention_operands(sample.spec, sizes, setting.device)
+    wide = on_wide(given)
+    found = _tuple(module.operator(*(given[name] for name in kernel.operands)))[0]
+    operands = [wide[name] for name in kernel.operands]
+    wanted = _tuple(module.reference(*operands))[0]
+    error, tolerance = _error(found, wanted), TOLERANCE[sample.spec.dtype]
+    passed = error <= tolerance
+    return Outcome({"error": error}, passed, f"error at most {tolerance:g}", {"numbers": passed})
 
 
 def _plan(spec: PlanSpec, setting: Setting) -> Outcome:

@@ -97,9 +97,12 @@ def lower_sdpa(context: Context, given: dict[str, Any], attend: Callable[..., Te
 
 
 def sdpa_can(given: dict[str, Any]) -> bool:
-    """Whether the flash kernel can express a site. Sinks need its log-sum-exp, which it returns for equal head dims
-    only; in low precision they would round the output twice. A mask value that keeps some weight is no mask."""
-    fill = given["mask_fill"]
+    """Whether the flash kernel can express a site: of one floating type. Sinks need its log-sum-exp, which it returns
+    for equal head dims only; in low precision they would round the output twice. A mask value that keeps some weight
+    is no mask."""
+    kinds, fill = {dtype(given[name]) for name in ("query", "key", "value")}, given["mask_fill"]
+    if len(kinds) > 1 or not kinds.pop().is_floating_point:
+        return False
     if given["softcap"] or (fill is not None and not gets_no_weight(fill)):
         return False
     if given["sinks"] is None:

@@ -7,6 +7,8 @@ them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from regraft.codegen.triton.attention_spec import AttentionSpec
@@ -37,6 +39,8 @@ _PREFILL_PAIRS: dict[str, dict[int, Config]] = {
     "sm_100": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1), 512: (32, 16, 8, 1)},
     "gfx942": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 1), 512: (32, 16, 8, 1)},
 }
+_SCORES_FP32 = {64: (64, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
+_SCORES = _PREFILL_PAIRS | {"sm_80": _PREFILL_PAIRS["sm_80"] | {256: (32, 16, 8, 1)}}
 _DECODE_FP32 = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)}
 _DECODE: dict[str, dict[int, Config]] = {
     "sm_80": {64: (32, 64, 4, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2), 512: (16, 32, 4, 1)},
@@ -65,6 +69,18 @@ def prefill_configs(spec: AttentionSpec) -> dict[str, Config]:
 def decode_configs(spec: AttentionSpec) -> dict[str, Config]:
     """Rows (at most) and keys of a tile, warps and stages, for each architecture."""
     return _chosen(spec, _DECODE_FP32, _DECODE_PAIRS if _takes_more(spec) else _DECODE)
+
+
+def score_configs(spec: AttentionSpec) -> dict[str, Config]:
+    """Queries and keys of a tile, warps and stages of the kernels that look at scores alone. Their exponentials beside
+    a wide tile of keys take the registers that values would."""
+    return _chosen(replace(spec, value_dim=spec.head_dim), _SCORES_FP32, _SCORES)
+
+
+def topk_configs(spec: AttentionSpec, kept: int) -> dict[str, Config]:
+    """The same of the kernel that keeps the highest keys of each row, which are as many registers."""
+    keys = max(kept, 32 if padded(spec.head_dim) > 128 else 64)
+    return dict.fromkeys(_TILED, (_SMALLEST_TILE, keys, 8, 1))
 
 
 def combine_configs(value_dim: int) -> dict[str, tuple[int, int, int]]:

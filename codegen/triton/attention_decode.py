@@ -81,7 +81,8 @@ def _parameters(parts: AttentionParts) -> tuple[Parameter, ...]:
 
 def _combine_parameters(parts: AttentionParts) -> tuple[Parameter, ...]:
     found = [Parameter(f"part_{name}", "*fp32", aligned=True) for name in parts.state]
-    found.append(Parameter("out", POINTER_KINDS[parts.spec.dtype], aligned=True))
+    element = "*fp32" if parts.spec.wide else POINTER_KINDS[parts.spec.dtype]
+    found.append(Parameter("out", element, aligned=True))
     if parts.spec.lse:
         found.append(Parameter("lse", "*fp32", aligned=True))
     if parts.spec.sinks:

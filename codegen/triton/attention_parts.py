@@ -46,13 +46,14 @@ class _Test:
 
 
 class AttentionParts:
-    """The pieces of a spec's kernels; raises ``Unsupported`` where ``supports`` gives a reason."""
+    """The pieces of a spec's kernels; raises ``Unsupported`` where ``supports`` gives a reason. Kernels without
+    ``values`` look at scores alone."""
 
-    def __init__(self, spec: AttentionSpec, layout: KeyLayout = CONTIGUOUS) -> None:
+    def __init__(self, spec: AttentionSpec, layout: KeyLayout = CONTIGUOUS, values: bool = True) -> None:
         reason = supports(spec) or layout.refuses(spec)
         if reason is not None:
             raise Unsupported(reason)
-        self.spec, self.layout = spec, layout
+        self.spec, self.layout, self.values = spec, layout, values
         predicate = spec.predicate
         self.mask = mask_terms(predicate) if spec.mask_fill is None else everywhere(predicate)
         self.masks = mask_operands([predicate])
@@ -78,7 +79,8 @@ class AttentionParts:
     @property
     def tensors(self) -> list[str]:
         """The operator's tensors, in order."""
-        return ["query", "key", "value", *self.layout.tensors, *(mask.name for mask in self.masks), *self.optional]
+        masks = (mask.name for mask in self.masks)
+        return ["query", "key", *(["value"] if self.values else []), *self.layout.tensors, *masks, *self.optional]
 
     @property
     def numbers(self) -> list[str]:
@@ -126,13 +128,11 @@ class AttentionParts:
         dims = () if self.layout.kind == "contiguous" else ("batch", *self.layout.page_dims[:-1])
         return [f'"{name}"' for name in (*names, *(f"pages_stride_{dim}" for dim in dims), *strides, *words)]
 
-    def _step_arguments(self) -> list[str]:
-        """Parameters of the device function ``step``."""
+    def score_arguments(self) -> list[str]:
+        """What the scores of a tile are made of beside ``query``, ``key``, ``keys`` and ``inside``."""
         spec = self.spec
-        names = [*self.state, "query", "key_tile", "value_tile", "keys", "inside"]
         tested = self._tested_names()
-        if spec.slopes or tested is not None:
-            names.append("rows")
+        names = ["rows"] if spec.slopes or tested is not None else []
         if tested is not None:
             names += ["query_length", "key_length"]
         names += self.numbers
@@ -178,7 +178,7 @@ class AttentionParts:
             "layout": self.layout,
             "dtype": f"torch.{dtype_name(spec.dtype)}",
             "padded": padded,
-            "plain": spec.online and not modified,
+            "plain": self.values and spec.online and not modified,
             "careful": spec.bias != "none" or spec.mask_fill is not None,
             "fill": _number(spec.mask_fill),
             "precision": ", input_precision=PRECISION" if spec.dtype == torch.float32 else "",
@@ -191,7 +191,17 @@ class AttentionParts:
             "test_functions": functions,
             "test_names": ["rows", "keys", "inside", "query_length", "key_length", *tested],
             "test_values": self._test_values(tested),
-            "step_arguments": self._step_arguments(),
+            "values": self.values,
+            "score_arguments": self.score_arguments(),
+            "step_arguments": [
+                *self.state,
+                "query",
+                "key_tile",
+                "value_tile",
+                "keys",
+                "inside",
+                *self.score_arguments(),
+            ],
             "step_values": {"query": "queries"},
             "uses_floor_divide": any("floor_divide(" in text for text in lines),
             "weight_doc": weight.meaning,
@@ -199,7 +209,7 @@ class AttentionParts:
             "weight_reference": weight.reference,
             "argument_names": arguments,
             "parameters": [typed(name) for name in arguments],
-            "checked": ["query", "key", "value", *self.layout.tensors, *self._of_heads],
+            "checked": [*self.tensors[: 2 + self.values], *self.layout.tensors, *self._of_heads],
             "of_heads": self._of_heads,
             "returns": "tuple[Tensor, Tensor]" if spec.lse else "Tensor",
             **self._reference_names(),
@@ -256,7 +266,7 @@ def common_facts(spec: AttentionSpec) -> dict[str, str]:
     """What stands at the head of an attention kernel."""
     fill = "" if spec.mask_fill is None else f"; masked scores are {spec.mask_fill}"
     extras = [f"{spec.bias} bias"] if spec.bias != "none" else []
-    extras += [name for name in ("slopes", "sinks", "softcap", "lse") if getattr(spec, name)]
+    extras += [name for name in ("slopes", "sinks", "softcap", "lse", "wide") if getattr(spec, name)]
     return {
         "element": f"{dtype_name(spec.dtype)}, head_dim {spec.head_dim}, value_dim {spec.value_dim}",
         "mask": f"{spec.mask}{fill}",

@@ -42,7 +42,8 @@ def emit_prefill(
 
 def _parameters(parts: AttentionParts) -> tuple[Parameter, ...]:
     element = POINTER_KINDS[parts.spec.dtype]
-    found = [Parameter(name, element, aligned=True) for name in ("query", "key", "value", "out")]
+    found = [Parameter(name, element, aligned=True) for name in ("query", "key", "value")]
+    found.append(Parameter("out", "*fp32" if parts.spec.wide else element, aligned=True))
     if parts.spec.lse:
         found.append(Parameter("lse", "*fp32", aligned=True))
     found += parts.operand_parameters()

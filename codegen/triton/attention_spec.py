@@ -55,7 +55,8 @@ class AttentionSpec:
     they are removed); ``empty_rows``, one of ``EMPTY_ROWS``, is of a softmax: other weights leave a row without keys
     to the normaliser. ``bias``: "none", "dense" (broadcasts to ``[batch, heads, length, keys]``) or "keys" (the same
     for all rows). ``lse``: also return the log-sum-exp of the keys' scores, natural logarithm, without the sink, in
-    fp32. ``constant`` belongs to the normalisers "sum_eps" and "constant". ``precision`` is that of fp32 products.
+    fp32. ``wide``: the output is in fp32, to be merged with others. ``constant`` belongs to the normalisers "sum_eps"
+    and "constant". ``precision`` is that of fp32 products.
     """
 
     dtype: torch.dtype
@@ -72,6 +73,7 @@ class AttentionSpec:
     normaliser: str = "sum"
     constant: float = 1.0
     lse: bool = False
+    wide: bool = False
     precision: str = "ieee"
 
     @property

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from regraft.codegen.triton.attention_samples import attention_samples
+from regraft.codegen.triton.attention_scores_samples import score_samples
 from regraft.codegen.triton.emit import Kernel
 from regraft.codegen.triton.gemm.samples import experts_samples, product_samples
 from regraft.codegen.triton.rowwise.samples import rowwise_samples
@@ -31,6 +32,7 @@ class Sample:
 #: Family -> its samples by name. A new family adds a line.
 FAMILIES: dict[str, Callable[[], dict[str, Callable[[], Kernel]]]] = {
     "attention": attention_samples,
+    "scores": score_samples,
     "rowwise": rowwise_samples,
     "product": product_samples,
     "experts": experts_samples,

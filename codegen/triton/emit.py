@@ -141,7 +141,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"fit": fit, "fit_test": fit_test, "fit_docstring": fit_docstring, "jitted": jitted}
+    environment.globals |= {"fit": fit, "fit_test": fit_test, "fit_docstring": fit_docstring}
+    environment.globals |= {"jitted": jitted, "indented": indented}
     return environment
 
 
@@ -154,6 +155,11 @@ def jitted(unspecialized: Sequence[str]) -> str:
         return f"@triton.jit(\n    {listed}\n)"
     names = "".join(f"        {name},\n" for name in unspecialized)
     return f"@triton.jit(\n    do_not_specialize=[\n{names}    ]\n)"
+
+
+def indented(text: str, blanks: int) -> str:
+    """Lines further in."""
+    return textwrap.indent(text, " " * blanks)
 
 
 def fit_test(opening: str, name: str, text: str, indent: int = 4) -> str:

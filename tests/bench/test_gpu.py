@@ -139,6 +139,8 @@ def test_targets_are_of_parts_and_the_parts_fit_into_the_time() -> None:
         (gpu_tests.TESTS, "prefill bfloat16 128 documents"),
         (gpu_tests.TESTS, "decode bfloat16 128 pages of 16"),
         (gpu_tests.TESTS, "merge float32 64"),
+        (gpu_tests.TESTS, "columns bfloat16 128 everything"),
+        (gpu_tests.TESTS, "topk bfloat16 128 64"),
         (gpu_tests.TESTS, "merge, logs, layer norm bfloat16 768"),
         (gpu_tests.TESTS, "unmerge float16 768"),
         (gpu_tests.TESTS, "program: choice of padding attention"),

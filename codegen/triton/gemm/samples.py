@@ -15,7 +15,7 @@ from regraft.codegen.triton.gemm.emit import emit_product
 from regraft.codegen.triton.gemm.experts import emit_experts
 from regraft.codegen.triton.gemm.experts_spec import ExpertsSpec
 from regraft.codegen.triton.rowwise.expand import Calls
-from regraft.codegen.triton.rowwise.samples import Writes, written
+from regraft.codegen.triton.rowwise.samples import RegionSample, Writes
 from regraft.ir import ops
 
 aten = torch.ops.aten
@@ -24,7 +24,12 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def product_samples() -> dict[str, Callable[[], Kernel]]:
     """Emitters by name."""
-    found: dict[str, Callable[[], Kernel]] = {}
+    return {name: sample.emit for name, sample in all_products().items()}
+
+
+def all_products() -> dict[str, RegionSample]:
+    """The layers by name."""
+    found: dict[str, RegionSample] = {}
     rows = (8, 512, 4096)
     for kind in (_BF16, _FP16, _FP32):
         name = dtype_name(kind)
@@ -38,9 +43,14 @@ def product_samples() -> dict[str, Callable[[], Kernel]]:
 
 
 def experts_samples() -> dict[str, Callable[[], Kernel]]:
-    """Emitters by name: experts of Mixtral's, DeepSeek-V3's and gpt-oss's sizes, and few wide ones without a gate."""
+    """Emitters by name."""
+    return {name: partial(emit_experts, spec) for name, spec in all_experts().items()}
+
+
+def all_experts() -> dict[str, ExpertsSpec]:
+    """Experts of Mixtral's, DeepSeek-V3's and gpt-oss's sizes, and few wide ones without a gate, by name."""
     mixtral = ExpertsSpec(_BF16, _BF16, experts=8, hidden=4096, intermediate=14336)
-    specs = {
+    return {
         "8 of 14336, gate and up": mixtral,
         "8 of 14336, gate and up float16": replace(mixtral, dtype=_FP16, routing=_FP16),
         "8 of 14336, gate and up float32": replace(mixtral, dtype=_FP32, routing=_FP32),
@@ -62,15 +72,10 @@ def experts_samples() -> dict[str, Callable[[], Kernel]]:
         ),
         "8 of 3072, gelu": ExpertsSpec(_BF16, _BF16, 8, 768, 3072, layout="single", activation="gelu"),
     }
-    return {name: partial(emit_experts, spec) for name, spec in specs.items()}
 
 
-def _sample(kind: torch.dtype, writes: Writes, *sizes: tuple[int, ...]) -> Callable[[], Kernel]:
-    return partial(_emit, kind, writes, sizes)
-
-
-def _emit(kind: torch.dtype, writes: Writes, sizes: tuple[tuple[int, ...], ...]) -> Kernel:
-    return emit_product(*written(kind, writes, sizes)).kernel
+def _sample(kind: torch.dtype, writes: Writes, *sizes: tuple[int, ...]) -> RegionSample:
+    return RegionSample(kind, writes, sizes, emit_product)
 
 
 def _linear(build: Calls, x: Any, weight: Any, bias: Any = None) -> fx.Node:

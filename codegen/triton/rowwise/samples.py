@@ -23,19 +23,25 @@ Writes = Callable[..., list[fx.Node]]
 
 @dataclass(frozen=True)
 class RegionSample:
-    """A region of the catalogue: the calls that ``writes`` writes into an empty graph for inputs of ``sizes``."""
+    """A region of the catalogue: the calls that ``writes`` writes into an empty graph for inputs of ``sizes``, and the
+    ``emitter`` of its kernel."""
 
     kind: torch.dtype
     writes: Writes
     sizes: tuple[tuple[int, ...], ...]
+    emitter: Callable[..., Any] = emit_region
 
     def emit(self) -> Kernel:
         """Its kernel."""
-        return emit_region(*written(self.kind, self.writes, self.sizes)).kernel
+        kernel: Kernel = self._emitted().kernel
+        return kernel
 
     def read(self) -> list[int]:
         """Which of the inputs the kernel takes, in its order."""
-        return [int(node.name[1:]) for node in emit_region(*written(self.kind, self.writes, self.sizes)).inputs]
+        return [int(node.name[1:]) for node in self._emitted().inputs]
+
+    def _emitted(self) -> Any:
+        return self.emitter(*written(self.kind, self.writes, self.sizes))
 
 
 def rowwise_samples() -> dict[str, Callable[[], Kernel]]:

@@ -46,20 +46,10 @@ def formula(
     spec: AttentionSpec, given: dict[str, Any], mask_tensors: list[Tensor], seen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; ``seen`` takes the mask's place where it is given."""
-    query, key, value = (given[name].double() for name in ("query", "key", "value"))
-    (batch, heads, queries, _), keys = query.shape, key.shape[2]
-    key, value = (tensor.repeat_interleave(heads // key.shape[1], 1) for tensor in (key, value))
-    if seen is None:
-        seen = to_dense(parse(spec.mask), mask_tensors, batch, heads, queries, keys)
-    scores = query @ key.mT * given["scale"]
-    if spec.softcap:
-        scores = given["softcap"] * torch.tanh(scores / given["softcap"])
-    if spec.bias != "none":
-        scores = scores + given["bias"].double()
-    if spec.slopes:
-        scores = scores + given["slopes"].double()[:, None, None] * (
-            torch.arange(keys) - torch.arange(queries)[:, None]
-        )
+    value = given["value"].double()
+    value = value.repeat_interleave(given["query"].shape[1] // value.shape[1], 1)
+    scores, seen = _scores(spec, given, mask_tensors, seen)
+    keys = scores.shape[-1]
     if not spec.softmax:
         weights = _weights(spec.weight, scores) * seen
         return _normalised(spec, weights) @ value, torch.full(scores.shape[:3], math.nan)
@@ -75,6 +65,31 @@ def formula(
         filling = 0.0 if spec.empty_rows == "zero" else 1 / keys
         weights = torch.where(torch.isneginf(lse)[..., None], filling, weights)
     return weights @ value, lse
+
+
+def masked_scores(spec: AttentionSpec, given: dict[str, Any], mask_tensors: list[Tensor]) -> Tensor:
+    """All scores of a softmax, masked."""
+    scores, seen = _scores(spec, given, mask_tensors, None)
+    return scores.masked_fill(~seen, -math.inf if spec.mask_fill is None else spec.mask_fill)
+
+
+def _scores(
+    spec: AttentionSpec, given: dict[str, Any], mask_tensors: list[Tensor], seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    query, key = (given[name].double() for name in ("query", "key"))
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    if seen is None:
+        seen = to_dense(parse(spec.mask), mask_tensors, batch, heads, queries, keys)
+    scores = query @ key.repeat_interleave(heads // key.shape[1], 1).mT * given["scale"]
+    if spec.softcap:
+        scores = given["softcap"] * torch.tanh(scores / given["softcap"])
+    if spec.bias != "none":
+        scores = scores + given["bias"].double()
+    if spec.slopes:
+        scores = scores + given["slopes"].double()[:, None, None] * (
+            torch.arange(keys) - torch.arange(queries)[:, None]
+        )
+    return scores, seen
 
 
 def _weights(name: str, scores: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def step(
 
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "heads", "group"])
-def attention_prefill_39ba7c58(
+def attention_prefill_fad88814(
     query,
     key,
     value,
@@ -239,10 +239,18 @@ def check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}: expected {DTYPE} each")
     if (query.shape[3], key.shape[3], value.shape[3]) != (HEAD_DIM.value, HEAD_DIM.value, VALUE_DIM.value):
         raise ValueError(f"{shapes}: expected head_dim {HEAD_DIM.value} and value_dim {VALUE_DIM.value}")
-    if key.shape[:3] != value.shape[:3] or query.shape[1] % max(1, key.shape[1]):
-        raise ValueError(f"{shapes}: expected keys as values, and heads a multiple of theirs")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"{shapes}: expected keys as values")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"{shapes}: expected heads of queries a multiple of those of keys")
     if query.shape[0] != key.shape[0]:
         raise ValueError(f"{shapes}: expected one batch")
+
+
+def reachable(tensor: Tensor, *counts: int) -> Tensor:
+    """A tensor, copied where ``counts`` steps along its last dims leave 32 bits, in which programs count these."""
+    strides = zip(reversed(tensor.stride()), reversed(counts), strict=False)
+    return tensor.contiguous() if any(stride * count >= 1 << 31 for stride, count in strides) else tensor
 
 
 def tiles(device: torch.device) -> tuple[int, ...]:
@@ -267,11 +275,13 @@ def launch(query: Tensor, key: Tensor, value: Tensor, scale: float, config: tupl
     out = query.new_empty((batch, query_length, heads, VALUE_DIM.value)).transpose(1, 2)
     if out.numel() == 0 or key_length == 0:
         return out.zero_()
+    query, key = reachable(query, 256, HEAD_DIM.value), reachable(key, 256, HEAD_DIM.value)
+    value = reachable(value, 256, VALUE_DIM.value)
 
     block_m, block_n, warps, stages = config or tiles(query.device)
     grid = (triton.cdiv(query_length, block_m) * heads * batch,)
     with torch.cuda.device_of(query):
-        attention_prefill_39ba7c58[grid](
+        attention_prefill_fad88814[grid](
             query,
             key,
             value,
@@ -306,7 +316,7 @@ def launch(query: Tensor, key: Tensor, value: Tensor, scale: float, config: tupl
     return out
 
 
-@torch.library.custom_op("regraft_kernels::attention_prefill_39ba7c58", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_prefill_fad88814", mutates_args=(), device_types="cpu")
 def operator(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     check(query, key, value)

@@ -96,7 +96,7 @@ def step(
 
 
 @triton.jit(do_not_specialize=["query_length", "kv_heads", "group", "splits", "row_count", "pages_stride_batch"])
-def attention_decode_e1e441c0(
+def attention_decode_b337474b(
     query,
     key,
     value,
@@ -195,7 +195,7 @@ def attention_decode_e1e441c0(
 
 
 @triton.jit(do_not_specialize=["row_count", "query_length", "heads", "splits"])
-def attention_decode_e1e441c0_combine(
+def attention_decode_b337474b_combine(
     part_acc,
     part_total,
     part_top,
@@ -291,13 +291,21 @@ def check(query: Tensor, key: Tensor, value: Tensor, pages: Tensor, lengths: Ten
         raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}: expected {DTYPE} each")
     if (query.shape[3], key.shape[3], value.shape[3]) != (HEAD_DIM.value, HEAD_DIM.value, VALUE_DIM.value):
         raise ValueError(f"{shapes}: expected head_dim {HEAD_DIM.value} and value_dim {VALUE_DIM.value}")
-    if key.shape[:3] != value.shape[:3] or query.shape[1] % max(1, key.shape[1]):
-        raise ValueError(f"{shapes}: expected keys as values, and heads a multiple of theirs")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"{shapes}: expected keys as values")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"{shapes}: expected heads of queries a multiple of those of keys")
     if key.shape[2] != PAGE_SIZE.value or pages.dim() != 2 or {pages.shape[0], lengths.numel()} != {query.shape[0]}:
         places = f"pages {tuple(pages.shape)}, lengths {tuple(lengths.shape)}"
         raise ValueError(f"{shapes}, {places}: expected {PAGE_SIZE.value} keys a page and a line of pages a batch")
     if sinks.numel() != query.shape[1]:
         raise ValueError(f"sinks {tuple(sinks.shape)}: expected one for each of {query.shape[1]} heads")
+
+
+def reachable(tensor: Tensor, *counts: int) -> Tensor:
+    """A tensor, copied where ``counts`` steps along its last dims leave 32 bits, in which programs count these."""
+    strides = zip(reversed(tensor.stride()), reversed(counts), strict=False)
+    return tensor.contiguous() if any(stride * count >= 1 << 31 for stride, count in strides) else tensor
 
 
 def tiles(device: torch.device) -> tuple[int, ...]:
@@ -347,6 +355,8 @@ def launch(
     lse = query.new_full((batch, heads, query_length), -math.inf, dtype=torch.float32)
     if out.numel() == 0 or read_length == 0:
         return out.zero_(), lse
+    query, key = reachable(query, 256, HEAD_DIM.value), reachable(key, 256, HEAD_DIM.value)
+    value = reachable(value, 256, VALUE_DIM.value)
     lengths = lengths.reshape(-1).contiguous()
     sinks = sinks.reshape(-1).contiguous()
 
@@ -359,7 +369,7 @@ def launch(
     part_total = query.new_empty((splits, row_count), dtype=torch.float32)
     part_top = query.new_empty((splits, row_count), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        attention_decode_e1e441c0[(programs, splits)](
+        attention_decode_b337474b[(programs, splits)](
             query,
             key,
             value,
@@ -395,7 +405,7 @@ def launch(
             num_stages=stages,
             enable_fp_fusion=True,
         )
-        attention_decode_e1e441c0_combine[(triton.cdiv(row_count, 16),)](
+        attention_decode_b337474b_combine[(triton.cdiv(row_count, 16),)](
             part_acc,
             part_total,
             part_top,
@@ -415,7 +425,7 @@ def launch(
     return out, lse
 
 
-@torch.library.custom_op("regraft_kernels::attention_decode_e1e441c0", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_decode_b337474b", mutates_args=(), device_types="cpu")
 def operator(
     query: Tensor,
     key: Tensor,

@@ -159,7 +159,7 @@ def step(
         "mask_0_words",
     ]
 )
-def attention_decode_0770da3e(
+def attention_decode_9f96b0ea(
     query,
     key,
     value,
@@ -216,8 +216,8 @@ def attention_decode_0770da3e(
     key += batch * key_stride_batch + kv_head * key_stride_head
     value += batch * value_stride_batch + kv_head * value_stride_head
     mask_0 += batch * mask_0_stride_batch
-    mask_0_tile = mask_0 + (rows * mask_0_stride_row)[:, None]
     mask_1 += batch * mask_1_stride_batch
+    mask_0_tile = mask_0 + (rows * mask_0_stride_row)[:, None]
     mask_1_rows = tl.load(mask_1 + rows * mask_1_stride_place)
 
     acc = tl.zeros((BLOCK_M, VALUE_DIM_PADDED), tl.float32)
@@ -283,7 +283,7 @@ def attention_decode_0770da3e(
 
 
 @triton.jit(do_not_specialize=["row_count", "query_length", "heads", "splits"])
-def attention_decode_0770da3e_combine(
+def attention_decode_9f96b0ea_combine(
     part_acc,
     part_total,
     part_top,
@@ -367,10 +367,18 @@ def check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}: expected {DTYPE} each")
     if (query.shape[3], key.shape[3], value.shape[3]) != (HEAD_DIM.value, HEAD_DIM.value, VALUE_DIM.value):
         raise ValueError(f"{shapes}: expected head_dim {HEAD_DIM.value} and value_dim {VALUE_DIM.value}")
-    if key.shape[:3] != value.shape[:3] or query.shape[1] % max(1, key.shape[1]):
-        raise ValueError(f"{shapes}: expected keys as values, and heads a multiple of theirs")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"{shapes}: expected keys as values")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"{shapes}: expected heads of queries a multiple of those of keys")
     if query.shape[0] != key.shape[0]:
         raise ValueError(f"{shapes}: expected one batch")
+
+
+def reachable(tensor: Tensor, *counts: int) -> Tensor:
+    """A tensor, copied where ``counts`` steps along its last dims leave 32 bits, in which programs count these."""
+    strides = zip(reversed(tensor.stride()), reversed(counts), strict=False)
+    return tensor.contiguous() if any(stride * count >= 1 << 31 for stride, count in strides) else tensor
 
 
 def tiles(device: torch.device) -> tuple[int, ...]:
@@ -417,10 +425,13 @@ def launch(
     out = query.new_empty((batch, query_length, heads, VALUE_DIM.value)).transpose(1, 2)
     if out.numel() == 0 or read_length == 0:
         return out.zero_()
+    query, key = reachable(query, 256, HEAD_DIM.value), reachable(key, 256, HEAD_DIM.value)
+    value = reachable(value, 256, VALUE_DIM.value)
     mask_0 = mask_0.view(torch.uint8) if mask_0.dtype == torch.bool else mask_0
-    mask_0 = mask_0.reshape(-1, query_length, mask_0.shape[-1]).expand(batch, -1, -1)
+    mask_0 = mask_0.reshape(-1, query_length, mask_0.shape[-1])
+    mask_0 = reachable(mask_0, query_length, mask_0.shape[-1]).expand(batch, -1, -1)
     mask_1 = mask_1.view(torch.uint8) if mask_1.dtype == torch.bool else mask_1
-    mask_1 = mask_1.reshape(-1, query_length).expand(batch, -1)
+    mask_1 = reachable(mask_1.reshape(-1, query_length), query_length).expand(batch, -1)
 
     most_rows, block_n, warps, stages = config or tiles(query.device)
     block_m = min(most_rows, max(16, triton.next_power_of_2(query_length * group)))
@@ -431,7 +442,7 @@ def launch(
     part_total = query.new_empty((splits, row_count), dtype=torch.float32)
     part_top = query.new_empty((splits, row_count), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        attention_decode_0770da3e[(programs, splits)](
+        attention_decode_9f96b0ea[(programs, splits)](
             query,
             key,
             value,
@@ -471,7 +482,7 @@ def launch(
             num_stages=stages,
             enable_fp_fusion=True,
         )
-        attention_decode_0770da3e_combine[(triton.cdiv(row_count, 16),)](
+        attention_decode_9f96b0ea_combine[(triton.cdiv(row_count, 16),)](
             part_acc,
             part_total,
             part_top,
@@ -489,7 +500,7 @@ def launch(
     return out
 
 
-@torch.library.custom_op("regraft_kernels::attention_decode_0770da3e", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::attention_decode_9f96b0ea", mutates_args=(), device_types="cpu")
 def operator(query: Tensor, key: Tensor, value: Tensor, mask_0: Tensor, mask_1: Tensor, scale: float) -> Tensor:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     check(query, key, value)
