@@ -1,7 +1,8 @@
 """Fidelity of every method to the unreduced model, beside its random baseline, at the same number of products.
 
-Two trained models: the digits transformer (three trainings) and MiniLM on prose (three sets of passages). A random
-baseline is drawn anew for each. What is compared is the model with itself, not with labels.
+Three trained models: the digits transformer (three trainings), MiniLM on prose (three sets of passages), and a byte
+decoder that predicts what follows a prompt (three cuts of passages). A random baseline is drawn anew for each. What is
+compared is the model with itself, not with labels.
 
 Products count what a method itself costs: each removes as many tokens as it takes to leave as many products as ToMe
 leaves, within one in a hundred. Where a bracket cannot come as far, its row says so.
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.characters.model import texts as byte_texts
+from bench.characters.model import trained as byte_decoder
 from bench.digits.model import SEEDS, data, trained
 from bench.models import minilm_encoder
 from bench.topics import passages
@@ -25,6 +28,7 @@ from regraft.ir.capture import capture
 from regraft.ir.cost import node_cost
 from regraft.ir.driver import Session
 from regraft.ir.nodes import shape
+from regraft.ir.ops.matchings import ORDERED
 from regraft.ir.program import Program
 from regraft.passes.base import Pass
 from regraft.passes.pipeline import recognising
@@ -34,8 +38,7 @@ from regraft.passes.tokens.reduce import ReduceTokens
 from regraft.passes.tokens.sites import attentions
 
 _LENGTH, _WORDS, _DOCUMENTS, _NEIGHBOURS = 128, 100, 40, 10
-_LAST_ROW = "prune-last"  # scores by the last token, which means nothing in an encoder
-
+_PROMPT, _CUTS = 192, (0, 32, 64)  # bytes of a prompt, and where it begins in its passage
 _CLOSE = 0.01  # of the products that are to be left
 
 Schedule = tuple[int, ...]
@@ -61,10 +64,15 @@ def _baseline(name: str) -> str:
 
 
 VARIANTS: dict[str, Variant] = {
-    **{name: Variant(_reduction(name), _baseline(name)) for name in METHODS if name != _LAST_ROW},
+    **{name: Variant(_reduction(name), _baseline(name)) for name in METHODS},
     "bracket": Variant(lambda schedule, seed: BracketAttention(schedule), "bracket-random"),
     "bracket-random": Variant(lambda schedule, seed: BracketAttention(schedule, "random", seed), "bracket-random"),
 }
+
+
+#: What is compared in encoders, whose last token stands for nothing, and where no token may see later ones.
+OF_ENCODERS = tuple(name for name in VARIANTS if name != "prune-last")
+OF_PROMPTS = tuple(name for name in METHODS if METHODS[name].matching in ORDERED)
 
 
 @dataclass(frozen=True)
@@ -141,11 +149,43 @@ def compare_embeddings(full: Tensor, reduced: Tensor) -> Figures:
     return {"cosine": float(cosine.mean()), "least_cosine": float(cosine.min()), "recall@10": float(kept)}
 
 
-#: Model -> its settings, tokens that go behind each layer, and the figure by which methods are compared.
-MODELS: dict[str, tuple[Callable[[], Iterator[Setting]], tuple[int, ...], str]] = {
-    "digits": (digits, (8, 12), "kl"),
-    "minilm": (texts, (8, 16), "cosine"),
+class NextByte(nn.Module):
+    """The logits of what follows a prompt."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[batch, 256]``."""
+        found: Tensor = self.model(tokens)[:, -1]
+        return found
+
+
+def prompts() -> Iterator[Setting]:
+    """The byte decoder on prompts from passages that it was not trained on, cut at three places."""
+    rows = byte_texts()[1]
+    for seed, start in enumerate(_CUTS):
+        yield Setting.of(NextByte(byte_decoder()), rows[:, start : start + _PROMPT], compare_logits, seed)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model's settings, the tokens that ToMe takes behind each layer, the figure by which methods are compared, and
+    which are."""
+
+    settings: Callable[[], Iterator[Setting]]
+    removals: tuple[int, ...]
+    decisive: str
+    variants: tuple[str, ...]
+
+
+MODELS: dict[str, Comparison] = {
+    "digits": Comparison(digits, (8, 12), "kl", OF_ENCODERS),
+    "minilm": Comparison(texts, (8, 16), "cosine", OF_ENCODERS),
+    "characters": Comparison(prompts, (8, 16), "kl", OF_PROMPTS),
 }
+"""By name."""
 
 
 def macs(program: Program) -> float:
@@ -190,25 +230,26 @@ def run(setting: Setting, variant: Variant, schedule: Schedule) -> Figures:
 
 def measure(model: str) -> list[dict[str, Any]]:
     """A row for each method and removal by ToMe: mean and spread of its figures over the settings."""
-    make, removals, decisive = MODELS[model]
-    settings = list(make())
+    comparison = MODELS[model]
+    settings, variants = list(comparison.settings()), {name: VARIANTS[name] for name in comparison.variants}
     first = settings[0]
     rows: list[dict[str, Any]] = []
-    for remove in removals:
+    for remove in comparison.removals:
         layers = len(attentions(first.program))
         target = macs(reduced(first, VARIANTS["tome"], (remove,) * layers))
-        schedules = {name: matched(first, variant, target) for name, variant in VARIANTS.items()}
+        schedules = {name: matched(first, variant, target) for name, variant in variants.items()}
         found = {
-            name: [run(setting, variant, schedules[name]) for setting in settings] for name, variant in VARIANTS.items()
+            name: [run(setting, variant, schedules[name]) for setting in settings] for name, variant in variants.items()
         }
-        for name, variant in VARIANTS.items():
+        for name, variant in variants.items():
             row = {"model": model, "removed": remove, "method": name, "baseline": variant.baseline}
             row["schedule"] = schedules[name]
             row["figures"] = {key: summary([run[key] for run in found[name]]) for key in found[name][0]}
             share = target / macs(first.program)
             row["matched"] = abs(row["figures"]["macs"]["mean"] - share) <= _CLOSE * share
-            row["beats_random"] = beats(found[name], found[variant.baseline], decisive)
-            row["beats_grid"] = beats(found[name], found["grid"], decisive)
+            row["beats_random"] = beats(found[name], found[variant.baseline], comparison.decisive)
+            if "grid" in found:
+                row["beats_grid"] = beats(found[name], found["grid"], comparison.decisive)
             rows.append(row)
     return rows
 
