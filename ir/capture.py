@@ -8,7 +8,6 @@ that drops, a batch norm that takes its statistics from the batch.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
@@ -23,9 +22,11 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 from regraft.ir.capture_dynamic import check_symbols, dynamic_shapes
 from regraft.ir.capture_error import CaptureError, first_line
 from regraft.ir.capture_hints import masks_as_given
+from regraft.ir.capture_imports import export_trace
 from regraft.ir.capture_regions import complete_values, inline_regions, must_decompose, refuse_left_over
 from regraft.ir.capture_speed import faster_export, resting_collector
 from regraft.ir.capture_state import ModelState, Notes, reads_layout, settle
+from regraft.ir.memory import drop_cycles
 from regraft.ir.nodes import arguments, user_line
 from regraft.ir.program import Program
 
@@ -72,6 +73,7 @@ def capture(
         args, kwargs = _by_position(names, args, kwargs)
     shapes = dynamic_shapes(dynamic, args, kwargs, names)
     exported, notes = _export(model, args, kwargs, shapes)
+    drop_cycles()
     program = from_exported(exported, [])
     program.reads_layout = notes.layout_read
     program.example = flat_inputs(program.in_spec, args, kwargs)
@@ -84,6 +86,7 @@ def from_exported(exported: ExportedProgram, example: list[Any]) -> Program:
     _refuse_training(exported.graph)  # decomposing splits these operators
     if must_decompose(exported.graph_module):
         exported = _decompose(exported)
+        drop_cycles()
     _refuse_unsupported(exported)
     program = Program.from_exported(exported, example)
     inline_regions(program.module)
@@ -214,7 +217,7 @@ def _quiet() -> Iterator[None]:
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True
-    names = vars(importlib.import_module("torch.export._trace"))
+    names = vars(export_trace())
     names["print"] = lambda *args, **kwargs: None
     try:
         yield
