@@ -80,7 +80,7 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
     return math.sqrt(squares / norm) if norm > 0 else math.sqrt(squares)
 
 
-_AT_ONCE = 1 << 16
+_AT_ONCE = 1 << 14
 
 
 def check_shapes(old: fx.Node, new: fx.Node) -> str:

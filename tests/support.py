@@ -52,3 +52,15 @@ def apply(program: Program, rules: Sequence[Rule], verify: str = "each") -> Sess
 def run(program: Program, args: tuple[Any, ...]) -> Any:
     """The program's output on ``args``, in the user's structure."""
     return program.user_outputs(program.callable()(*torch.utils._pytree.tree_leaves((args, {}))))
+
+
+def most_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes that tensors made by ``call`` take at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

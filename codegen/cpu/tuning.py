@@ -95,6 +95,10 @@ class Tuner:
         """All decisions, a line each: an artifact's ``tuning.jsonl``."""
         return "".join(json.dumps(record.to_json()) + "\n" for record in self.records.values()).encode()
 
+    def knows(self, shape: Shape) -> bool:
+        """Whether the kernel for ``shape`` is decided, so that nothing is measured."""
+        return self._known(shape) is not None
+
     def choose(self, shape: LinearShape, weight: Tensor) -> str:
         """The name of the kernel for ``shape``; measured with ``weight`` when it is not known yet."""
         return self._decide(shape, lambda: self._measure_linear(shape, weight))
@@ -104,12 +108,16 @@ class Tuner:
         return self._decide(shape, lambda: self._measure_attention(shape, sample()))
 
     def _decide(self, shape: Shape, measure: Callable[[], tuple[str, dict[str, float]]]) -> str:
-        key = (shape, torch.get_num_threads())
-        known = self.records.get(key) or self._nearest(shape)
+        known = self._known(shape)
         if known is None:
+            threads = torch.get_num_threads()
             kernel, seconds = measure()
-            known = self.records[key] = TuningRecord(shape, key[1], kernel, seconds)
+            give_back()  # what it ran on
+            known = self.records[shape, threads] = TuningRecord(shape, threads, kernel, seconds)
         return known.kernel
+
+    def _known(self, shape: Shape) -> TuningRecord | None:
+        return self.records.get((shape, torch.get_num_threads())) or self._nearest(shape)
 
     def _nearest(self, shape: Shape) -> TuningRecord | None:
         """What was measured for a shape that is nearly the same. Layers of a model whose tokens get fewer and fewer
@@ -153,7 +161,6 @@ class Tuner:
             seconds = _interleaved(dict(runs), lambda: self._as_in_a_model(given), _neighbour(shape), rehearsals)
             for run in runs.values():
                 run.release()
-            give_back()
         return _best(seconds), seconds
 
     def _measure_attention(self, shape: AttentionShape, sample: Sample) -> tuple[str, dict[str, float]]:

@@ -7,6 +7,7 @@ tensors that are never needed at the same time. A ``Tape`` is only read while it
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -227,8 +228,17 @@ _HELD = threading.local()
 def _workspace(size: int) -> Tensor:
     """A block of at least ``size`` bytes: each thread keeps its own, because new memory costs more than arithmetic."""
     held: Tensor | None = getattr(_HELD, "block", None)
-    if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=torch.uint8)
-        if size <= _WORTH_KEEPING:
-            _HELD.block = held
+    if held is not None and held.numel() >= size:
+        return held
+    if size > _WORTH_KEEPING:
+        return _pages(size)
+    _HELD.block = held = None  # before a larger one is there
+    _HELD.block = held = _pages(size)
     return held
+
+
+def _pages(size: int) -> Tensor:
+    """Memory of the system's own, which has it back as soon as the tensor is gone: of the C library's, blocks that
+    were too small would stay."""
+    pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked process has its own
+    return torch.frombuffer(pages, dtype=torch.uint8)

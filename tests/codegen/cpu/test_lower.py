@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import regraft
-from regraft.codegen.cpu.linear_kernels import LinearShape
+from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape
 from regraft.codegen.cpu.lower import lower
 from regraft.codegen.cpu.tuning import Tuner
 from regraft.ir import ops
@@ -19,7 +19,7 @@ from regraft.ir.driver import Session
 from regraft.ir.verify import relative_l2
 from regraft.passes.pipeline import default_pipeline
 from tests.codegen.cpu.support import LINEAR_KERNELS
-from tests.support import captured
+from tests.support import captured, most_bytes
 
 
 class Block(nn.Module):
@@ -185,3 +185,25 @@ def test_attention_over_a_length_that_depends_on_data_is_not_measured() -> None:
     for rows in (chosen, ~chosen):
         expected = (query[:, :, rows] @ key.mT * 0.5).softmax(-1) @ key
         torch.testing.assert_close(run(query, key, rows)[0], expected)
+
+
+def test_kernels_are_chosen_before_the_first_weight_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Telling(Tuner):
+        def _measure_linear(self, shape: LinearShape, weight: Tensor) -> tuple[str, dict[str, float]]:
+            done.append("measured")
+            return "plain", {}
+
+    kernel = KERNELS["plain"]
+    monkeypatch.setitem(KERNELS, "plain", lambda emit, given: (done.append("made"), kernel(emit, given))[1])
+    lowered(nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 8)), (torch.ones(2, 8),), Telling())
+    assert done == ["measured", "measured", "made", "made"]
+
+
+def test_a_compilation_takes_one_more_copy_of_the_weights() -> None:
+    """And room for a measurement: three packed copies of one layer, and of its neighbour."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(24))).eval()
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    assert most_bytes(lambda: regraft.compile(model, torch.randn(4, 512))) < 1.3 * weights
