@@ -26,6 +26,7 @@ from regraft.ir.ops.gather import collective_calls
 from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.verify import Checked, relative_l2
+from regraft.reference import Reference
 
 if TYPE_CHECKING:
     from regraft.experts import Together
@@ -222,10 +223,10 @@ def build(
     target: str,
     verify: str,
     toolchain: Toolchain,
-    reference: Callable[[], Any] | None,
+    reference: Reference | None,
     together: Together | None = None,
 ) -> Build:
-    """Rewrite and lower ``program``; ``reference()`` is the original's output on the example inputs, None for a lossy
+    """Rewrite and lower ``program``; ``reference`` is the original's output on the example inputs, None for a lossy
     program, which is not compared as a whole. Where checks stood for others and the whole is off, all is done once more
     with every check computed.
 
@@ -247,19 +248,20 @@ def _build(
     target: str,
     session: Session,
     toolchain: Toolchain,
-    reference: Callable[[], Any] | None,
+    reference: Reference | None,
     together: Together | None,
 ) -> Build:
     with no_cycle_search():
         phases = dict(toolchain.pipeline(target).run(program, session))
         separate_outputs(program, before)
-        expected, seconds = None, 0.0
-        asked = session.verify != "off" and reference is not None
-        compared = asked and (together is not None or not collective_calls(program.graph))
-        if compared:  # before weights are packed: a run of the model needs room of its own
+        expected, parts, seconds = None, None, 0.0
+        if session.verify == "off" or (together is None and collective_calls(program.graph)):
+            reference = None
+        if reference is not None:  # before weights are packed: a run of the model needs room of its own
             started = time.perf_counter()
             give_back()  # what the checks left
-            expected = reference() if reference is not None else None
+            parts = reference.in_parts(before) if together is None else None
+            expected = parts if parts is not None else reference()
             give_back()
             seconds = time.perf_counter() - started
         started = time.perf_counter()
@@ -269,11 +271,14 @@ def _build(
     result = Build(Entry(program, executable), before, session.log, phases, session.checked.repetitions)
     if together is not None:
         together.agree(program)
-    if compared:
+    if reference is not None:
         started = time.perf_counter()
         with together.running() if together is not None else nullcontext():
             outputs = _outputs(program, executable)
         result.drift, result.tolerance = _compare(program.user_outputs(outputs), expected)
+        if parts is not None and not result.accepted:  # perhaps the batch may not be divided
+            expected = reference()
+            result.drift, result.tolerance = _compare(program.user_outputs(outputs), expected)
         if together is None and not result.entry.writes:
             result.outputs = outputs
         if together is not None:

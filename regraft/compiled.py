@@ -27,6 +27,7 @@ from regraft.ir.capture import capture
 from regraft.ir.capture_error import first_line
 from regraft.ir.memory import no_cycle_search
 from regraft.kernels import notes_of
+from regraft.reference import Reference
 from regraft.stand_in import StandIn
 from regraft.watch import WeightWatch
 
@@ -288,13 +289,14 @@ class CompiledModule(StandIn):
         program = capture(self._source, args, kwargs, dynamic)
         captured = {id(tensor): tensor for tensor in program.weights.originals.values()}
         seconds = time.perf_counter() - started
+        reference = Reference(partial(own_output, model), args, kwargs)
         try:
             made = build(
                 program,
                 self._options.target,
                 self._options.verify,
                 self._options.toolchain,
-                lambda: own_output(model, args, kwargs),
+                reference,
                 together,
             )
         except RegraftError:
@@ -305,7 +307,7 @@ class CompiledModule(StandIn):
         if made.accepted and self._options.spending is not None:
             made = self._spend(self._options.spending, made, model, describe_call(args, kwargs))
         if made.accepted and self._options.unpad is not None:
-            self._event("unpadding", self._options.unpad(made, self._options, lambda: own_output(model, args, kwargs)))
+            self._event("unpadding", self._options.unpad(made, self._options, reference))
         outputs, made.outputs = made.outputs, None  # not to be held for the report
         self._take_report(made, seconds)
         for note in notes_of(made.entry.executable):

@@ -20,6 +20,7 @@ from regraft.ir.driver import Session
 from regraft.ir.program import Program
 from regraft.passes.pipeline import default_pipeline, recognising
 from regraft.passes.tokens.unpad import Unpad, padding_mask
+from regraft.reference import Reference
 
 if TYPE_CHECKING:
     from regraft.compiled import Options
@@ -48,8 +49,8 @@ class Either:
         return chosen(*inputs)
 
 
-def unpadded(exact: Build, options: Options, reference: Callable[[], Any]) -> str:
-    """Put a packed form beside ``exact`` where that pays; returns what was decided, and why. ``reference()`` is the
+def unpadded(exact: Build, options: Options, reference: Reference) -> str:
+    """Put a packed form beside ``exact`` where that pays; returns what was decided, and why. ``reference`` is the
     original's output on the example inputs."""
     started = time.perf_counter()
     told = _unpadded(exact, options, reference)
@@ -57,7 +58,7 @@ def unpadded(exact: Build, options: Options, reference: Callable[[], Any]) -> st
     return told
 
 
-def _unpadded(exact: Build, options: Options, reference: Callable[[], Any]) -> str:
+def _unpadded(exact: Build, options: Options, reference: Reference) -> str:
     recognised = exact.before.copy()
     recognising().run(recognised, Session(verify="off"))
     mask = padding_mask(recognised)
