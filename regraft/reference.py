@@ -109,10 +109,11 @@ def _batch(captured: Program) -> int:
         if not isinstance(spec.arg, ConstantArgument)
     ]
     firsts = [shape(node)[0] if is_tensor(node) and shape(node) else None for node in outputs]
-    if not all(isinstance(first, int) for first in firsts) or len(set(firsts)) != 1:
+    extent = firsts[0] if firsts else None
+    if not isinstance(extent, int) or not all(isinstance(first, int) and first == extent for first in firsts):
         return 0
     given = [value for value in tree_leaves(captured.example) if isinstance(value, Tensor) and value.dim()]
-    return int(firsts[0]) if any(value.shape[0] == firsts[0] for value in given) else 0
+    return extent if any(value.shape[0] == extent for value in given) else 0
 
 
 def _bytes(node: torch.fx.Node) -> int:
