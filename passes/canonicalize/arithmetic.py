@@ -104,7 +104,7 @@ def scaled_operand_is_product(node: fx.Node, build: Builder) -> fx.Node | None:
     if not is_tensor(scaled) or dtype(scaled) != dtype(node):  # the product would have another type than the sum
         return None
     product = build.call(aten.mul.Tensor, scaled, scale)
-    return build.call(node.target, *((product, y) if scaled is x else (x, product)))
+    return build.call(node.target, *((product, y) if scaled is x else (x, product)))  # type: ignore[arg-type]
 
 
 @identity(aten.rsub.Tensor)
@@ -121,7 +121,10 @@ def masked_fill_is_where(node: fx.Node, build: Builder) -> fx.Node | None:
     """masked_fill(x, mask, number) is where(mask, number, x), when it keeps type and shape."""
     x, mask, number = node.args
     if isinstance(number, fx.Node):
-        number = _constant_number(number)
+        constant = _constant_number(number)
+        if constant is None and sizes_equal(shape(node), shape(x)) and dtype(number) == dtype(node):  # type: ignore[arg-type]
+            return build.call(aten.where.self, mask, number, x)
+        number = constant
     if not isinstance(number, (int, float)) or not sizes_equal(shape(node), shape(x)):  # type: ignore[arg-type]
         return None
     return build.call(aten.where.ScalarSelf, mask, float(number) if dtype(node).is_floating_point else number, x)
@@ -207,6 +210,37 @@ _BOUNDS = (aten.maximum.default, aten.minimum.default)
 _COMMUTATIVE = (aten.mul.Tensor, aten.add.Tensor, *_BOUNDS)
 
 
+_COMPARISONS = {
+    aten.eq.Tensor: aten.eq.Scalar,
+    aten.ne.Tensor: aten.ne.Scalar,
+    aten.lt.Tensor: aten.lt.Scalar,
+    aten.le.Tensor: aten.le.Scalar,
+    aten.gt.Tensor: aten.gt.Scalar,
+    aten.ge.Tensor: aten.ge.Scalar,
+}
+
+
+class ConstantComparison(Rule):
+    """A comparison with a number that comes as a tensor without dims is one with the number."""
+
+    exactness = Exactness.BITWISE
+    quiet = True
+
+    def pattern(self, left: Any, right: Any) -> Any:
+        return operator(*_COMPARISONS)(left, right)
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        number = _constant_item(match, match.right)
+        yield need(number is not None and rank(match.left) > 0, "the right side is no constant")
+        yield need(torch.promote_types(*map(dtype, (match.left, match.right))) == dtype(match.left), "another type")
+        match.facts["number"] = number
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        target: Any = match.root.target
+        number = match.facts["number"]
+        return build.call(_COMPARISONS[target], match.left, int(number) if isinstance(number, bool) else number)
+
+
 class ConstantChoice(Rule):
     """where(condition, x, number) with the number in a tensor without dims, and the same with its sides swapped."""
 
@@ -231,6 +265,12 @@ class ConstantChoice(Rule):
 
 
 def _constant_value(match: Match, node: fx.Node) -> float | int | None:
+    value = _constant_item(match, node)
+    return None if isinstance(value, bool) else value
+
+
+def _constant_item(match: Match, node: fx.Node) -> float | int | bool | None:
+    """The number or truth value that a tensor without dims holds, None where it is no constant."""
     if rank(node) != 0:
         return None
     name = match.weight_name(node)
@@ -243,13 +283,14 @@ def _constant_value(match: Match, node: fx.Node) -> float | int | None:
     return _plain(torch.tensor(number, dtype=dtype(node)).item())  # as rounded to the tensor's own type
 
 
-def _plain(number: Any) -> float | int | None:
-    return number if isinstance(number, (int, float)) and not isinstance(number, bool) else None
+def _plain(number: Any) -> float | int | bool | None:
+    return number if isinstance(number, (int, float)) else None
 
 
 SPELLINGS = (
     tensor_form,
     ConstantOperand(),
+    ConstantComparison(),
     ConstantChoice(),
     number_second,
     square_of_product,

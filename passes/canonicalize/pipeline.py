@@ -10,7 +10,7 @@ from regraft.ir.driver import Session
 from regraft.ir.program import Program
 from regraft.ir.rule import Rule
 from regraft.passes.base import Pass, Pipeline, RulePass
-from regraft.passes.canonicalize import arithmetic, casts, cosine, products, repeat, softmaxes, views
+from regraft.passes.canonicalize import arithmetic, casts, cosine, products, reductions, repeat, softmaxes, views
 from regraft.passes.canonicalize.cleanup import DropAssertions, DropDeadCode, MergeCommonSubexpressions
 
 
@@ -30,6 +30,7 @@ class Simplify(RulePass):
         *views.SPELLINGS,
         *views.SIMPLIFICATIONS,
         *arithmetic.SPELLINGS,
+        *reductions.SPELLINGS,
         *products.SPELLINGS,
         *repeat.SPELLINGS,
         *softmaxes.SPELLINGS,

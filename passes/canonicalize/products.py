@@ -42,6 +42,35 @@ def product_and_sum(node: fx.Node, build: Builder) -> fx.Node | None:
     return build.call(aten.add.Tensor, product, addend)
 
 
+@identity(aten.addcmul.default, aten.addcdiv.default, exactness=Exactness.REASSOCIATED)
+def sum_with_product(node: fx.Node, build: Builder) -> fx.Node | None:
+    """addcmul(x, a, b) is x + a * b, addcdiv(x, a, b) is x + a / b."""
+    given = arguments(node)
+    target = aten.mul.Tensor if node.target is aten.addcmul.default else aten.div.Tensor
+    term = build.call(target, given["tensor1"], given["tensor2"])
+    if given["value"] != 1:
+        term = build.call(aten.mul.Tensor, term, given["value"])
+    return build.call(aten.add.Tensor, given["self"], term)
+
+
+@identity(aten.einsum.default, exactness=Exactness.REASSOCIATED)
+def einsum_of_two(node: fx.Node, build: Builder) -> fx.Node | None:
+    """An einsum of three operands or more contracts the first two, then their result with the others."""
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    if len(operands) < 3 or "." in equation or equation.count("->") != 1:
+        return None
+    terms, out = equation.split("->")[0].split(","), equation.split("->")[1]
+    read = set(out).union(*terms[2:])
+    kept = [label for label in dict.fromkeys(terms[0] + terms[1]) if label in read]
+    # what the second operand brings stands last, as matmul leaves it
+    between = "".join(
+        [label for label in kept if label in terms[0]] + [label for label in kept if label not in terms[0]]
+    )
+    first = build.call(aten.einsum.default, f"{terms[0]},{terms[1]}->{between}", operands[:2])
+    rest = ",".join([between, *terms[2:]])
+    return build.call(aten.einsum.default, f"{rest}->{out}", [first, *operands[2:]])
+
+
 class EinsumIsMatmul(Rule):
     """A two-operand einsum is permute, matmul, permute; indices of one operand only become broadcast batch dims."""
 
@@ -133,6 +162,12 @@ def _arranged(build: Builder, operand: fx.Node, labels: str, wanted: list[str]) 
     return arranged
 
 
+def _are_weights(node: Any) -> bool:
+    """Whether ``node`` is a softmax over its last dim, of scores of keys."""
+    bare = node.args[0] if is_call(node, (aten.to.dtype,)) else node
+    return is_call(bare, (aten.softmax.int,)) and bare.args[1] == -1
+
+
 class TransposedProduct(Rule):
     """(a @ b).T is b.T @ a.T, for products of scores that are computed with keys first."""
 
@@ -147,6 +182,7 @@ class TransposedProduct(Rule):
         yield need(list(match.order) == _swapped(size), "other dims than the last two are swapped")
         yield need(min(rank(match.left), rank(match.right)) >= 2 and size >= 3, "an operand has one dim")
         yield need(match.sole_user("product"), "the product is used as it is too", at=match.product)
+        yield need(not _are_weights(match.left), "the left operand is a softmax, which stays there")
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         turned = (build.call(aten.permute.default, side, _swapped(rank(side))) for side in (match.right, match.left))
@@ -155,6 +191,21 @@ class TransposedProduct(Rule):
 
 def _swapped(size: int) -> list[int]:
     return [*range(size - 2), size - 1, size - 2]
+
+
+@identity(aten.matmul.default, exactness=Exactness.REASSOCIATED)
+def weights_first(node: fx.Node, build: Builder) -> fx.Node | None:
+    """v.T @ softmax(x).T is (softmax(x) @ v).T: attention whose values have the features first."""
+    left: Any = node.args[0]
+    right: Any = node.args[1]
+    if not is_call(right, (aten.permute.default,)) or rank(right) < 3 or rank(left) != rank(right):
+        return None
+    weights, order = right.args
+    if not _are_weights(weights) or list(order) != _swapped(rank(right)):
+        return None
+    turned = build.call(aten.permute.default, left, order)
+    product = build.call(aten.matmul.default, weights, turned)
+    return build.call(aten.permute.default, product, order)
 
 
 @identity(aten.permute.default)
@@ -247,7 +298,10 @@ class LinearKeepsShape(Rule):
 SPELLINGS = (
     product_is_matmul,
     product_and_sum,
+    sum_with_product,
+    einsum_of_two,
     EinsumIsMatmul(),
+    weights_first,
     TransposedProduct(),
     transposed_scale,
     MatmulIsLinear(),

@@ -1,5 +1,6 @@
-"""A softmax that is written out: ``exp(x) / sum(exp(x))``, with or without the row maximum taken off; and one with a
-column more, whose weights are not read: behind the others is where it stands in canonical form."""
+"""A softmax that is written out: ``exp(x) / sum(exp(x))``, with or without the row maximum taken off, divided before or
+behind a product with values; one over another dim than the last that is then permuted; and one with a column more,
+whose weights are not read: behind the others is where it stands in canonical form."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 
 from regraft.ir.exactness import Exactness
-from regraft.ir.nodes import Builder, is_call, is_tensor, shape, size_equal, tensor_value
+from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal, tensor_value
 from regraft.ir.pattern import (
     add,
     anything,
@@ -19,15 +20,21 @@ from regraft.ir.pattern import (
     div,
     either,
     exp,
+    matmul,
+    maybe,
+    mul,
     operator,
     scalar,
+    sigmoid,
     slice_,
     softmax,
     sub,
     to_dtype,
+    unsqueeze,
     variable,
 )
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
+from regraft.passes.canonicalize.identity import identity
 
 aten = torch.ops.aten
 total = operator(aten.sum.dim_IntList)
@@ -35,6 +42,7 @@ amax = operator(aten.amax.default)
 row_maximum = operator(aten.max.dim)
 first_of = operator(python_operator.getitem)
 pad = operator(aten.pad.default)
+logsumexp = operator(aten.logsumexp.default)
 
 
 class SoftmaxWrittenOut(Rule):
@@ -60,6 +68,48 @@ class SoftmaxWrittenOut(Rule):
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         return build.call(aten.softmax.int, match.x, match.summed[0])
+
+
+class SoftmaxDividedLast(Rule):
+    """(exp(x) @ v) / sum(exp(x)) is softmax(x) @ v, with or without the row maximum taken off."""
+
+    exactness = Exactness.REASSOCIATED
+    quiet = True
+
+    def pattern(self, x: Any, value: Any) -> Any:
+        maximum = either(amax(x, [-1], True), first_of(row_maximum(x, -1, True), 0))
+        raised = either(exp(sub(x, maximum)).named("raised"), exp(x).named("raised"))
+        return div(matmul(raised, value).named("product"), total(raised, [-1], True))
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        yield need(match.sole_user("product"), "the product is used undivided too")
+        yield need(rank(match.raised) >= 2 and rank(match.value) >= 2, "an operand has one dim")
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        weights = build.call(aten.softmax.int, match.x, -1)
+        return build.call(aten.matmul.default, weights, match.value)
+
+
+@identity(aten.exp.default, exactness=Exactness.REASSOCIATED)
+def exp_of_log_softmax(node: fx.Node, build: Builder) -> fx.Node | None:
+    """exp(log_softmax(x)) is softmax(x)."""
+    source: Any = node.args[0]
+    return build.call(aten.softmax.int, *source.args) if is_call(source, (aten.log_softmax.int,)) else None
+
+
+@identity(aten.permute.default, exactness=Exactness.REASSOCIATED)
+def permuted_softmax(node: fx.Node, build: Builder) -> fx.Node | None:
+    """permute(softmax(x, dim)) is a softmax over the last dim of permute(x), where that dim comes last."""
+    source: Any = node.args[0]
+    order: Any = node.args[1]
+    if not is_call(source, (aten.softmax.int,)) or len(source.users) > 1:
+        return None
+    given = arguments(source)
+    dim = given["dim"] + rank(source) if given["dim"] < 0 else given["dim"]
+    if list(order)[-1] != dim or dim == rank(source) - 1:
+        return None
+    extra = [given["dtype"]] if given["dtype"] is not None else []
+    return build.call(aten.softmax.int, build.call(aten.permute.default, given["self"], order), -1, *extra)
 
 
 class SoftmaxWithSink(Rule):
@@ -93,6 +143,40 @@ class SoftmaxWithSink(Rule):
             behind = _constant(build, x, 0.0)
         weights = build.call(aten.softmax.int, build.call(aten.cat.default, [x, behind], -1), -1)
         return build.call(aten.slice.Tensor, weights, -1, 0, build.size(x, -1))
+
+
+class SinkScalesOutput(Rule):
+    """(softmax(x) @ v) * sigmoid(logsumexp(x) - c) is (softmax of x and a column c, without that column) @ v."""
+
+    exactness = Exactness.REASSOCIATED
+    quiet = True
+
+    def pattern(self, x: Any, value: Any, logit: Any) -> Any:
+        bare = softmax(x, -1, anything("softmax_dtype"))
+        weights = either(to_dtype(bare, anything("cast")), bare)
+        above = sub(logsumexp(x, [-1], anything("keeps")), logit)
+        opened = sigmoid(maybe(lambda y: to_dtype(y, anything()), above))
+        share = maybe(lambda y: to_dtype(y, anything()), maybe(lambda y: unsqueeze(y, -1), opened, "lifted"))
+        return mul(matmul(weights, value).named("product"), share)
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        yield need((match.lifted == "wrapped") != bool(match.keeps), "the share is not one number a row")
+        yield need(match.sole_user("product"), "the product is used unscaled too")
+        sizes = shape(match.logit) if match.keeps else (*shape(match.logit), 1)
+        yield need(sizes[-1:] == (1,) and len(sizes) <= rank(match.x), "the logit differs within a row")
+        yield need(dtype(match.root) == dtype(match.product), "the share has another type")
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        column = match.logit if match.keeps else build.call(aten.unsqueeze.default, match.logit, -1)
+        if dtype(column) != dtype(match.x):
+            column = build.call(aten.to.dtype, column, dtype(match.x))
+        behind = build.call(aten.expand.default, column, [*build.sizes(match.x)[:-1], 1])
+        joined = build.call(aten.cat.default, [match.x, behind], -1)
+        weights = build.call(aten.softmax.int, joined, -1, match.softmax_dtype)
+        if "cast" in match:
+            weights = build.call(aten.to.dtype, weights, match.cast)
+        kept = build.call(aten.slice.Tensor, weights, -1, 0, build.size(match.x, -1))
+        return build.call(aten.matmul.default, kept, match.value)
 
 
 def _logit(below: fx.Node, shift: Any) -> fx.Node | int | None:
@@ -142,4 +226,12 @@ class ColumnBehind(Rule):
         return build.call(aten.slice.Tensor, weights, -1, 0, build.size(x, -1))
 
 
-SPELLINGS = (SoftmaxWrittenOut(), SoftmaxWithSink(), ColumnBehind())
+SPELLINGS = (
+    SoftmaxWrittenOut(),
+    SoftmaxDividedLast(),
+    exp_of_log_softmax,
+    permuted_softmax,
+    SoftmaxWithSink(),
+    SinkScalesOutput(),
+    ColumnBehind(),
+)

@@ -54,9 +54,9 @@ class RecognizeReversedAttention(Rule):
     near_misses = (
         Example("the weights are returned", _four(_with_its_weights), "weights are used outside the attention"),
         Example(
-            "over the queries, and transposed",
-            _four(lambda q, k, v: (q @ k.mT).softmax(-2).mT @ v),
-            "softmax runs over dim -2, not over the keys",
+            "over the heads, and transposed",
+            _four(lambda q, k, v: (q @ k.mT).softmax(1).mT @ v),
+            "softmax runs over dim -3, not over the keys",
         ),
     )
 

@@ -93,3 +93,35 @@ def test_a_column_in_front_whose_weight_is_read_stays() -> None:
 def test_maximum_of_another_dim_stays() -> None:
     assert "softmax" not in canonical(shifted(lambda x: x.amax(1, keepdim=True)), X, tolerance=1e-6)
     assert torch.isfinite(X).all()
+
+
+VALUES = numbers(2, 4, 5, seed=1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, v: (x.exp() @ v) / x.exp().sum(-1, keepdim=True),
+        lambda x, v: ((e := (x - x.amax(-1, keepdim=True)).exp()) @ v) / e.sum(-1, keepdim=True),
+        lambda x, v: torch.log_softmax(x, -1).exp() @ v,
+        lambda x, v: x.mT.softmax(-2).mT @ v,
+        lambda x, v: (v.mT @ x.softmax(-1).mT).mT,
+    ],
+)
+def test_softmax_is_over_the_last_dim_and_comes_before_the_product(function: Callable[..., Tensor]) -> None:
+    assert canonical(function, X, VALUES, tolerance=1e-6) == "softmax.int(x0, -1); matmul(0, x1)"
+
+
+def test_what_divides_a_product_is_the_sum_of_its_own_weights() -> None:
+    text = canonical(lambda x, v: (x.exp() @ v) / x.sin().exp().sum(-1, keepdim=True), X, VALUES, tolerance=1e-6)
+    assert "softmax" not in text
+
+
+def test_a_sink_that_scales_the_output_is_a_column_that_takes_weight() -> None:
+    def scaled(x: Tensor, v: Tensor) -> Tensor:
+        logit = torch.tensor([[0.5], [-2.0]])
+        share = (x.logsumexp(-1) - logit).sigmoid()
+        return (x.softmax(-1) @ v) * share[..., None]
+
+    text = canonical(scaled, X, VALUES, tolerance=1e-6)
+    assert "logsumexp" not in text and "sigmoid" not in text and "cat" in text
