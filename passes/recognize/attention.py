@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from regraft.ir.matcher import TakenStep
 from regraft.ir.nodes import Builder, is_call, is_tensor, shape, size_equal, sizes_equal
 from regraft.ir.pattern import (
     Operator,
@@ -35,6 +36,7 @@ from regraft.passes.recognize import attention_examples as shown
 from regraft.passes.recognize.heads import Heads, build_attention, read_heads
 from regraft.passes.recognize.masks import Masks, read_masks
 from regraft.passes.recognize.scores import Refused, Scores, read_scores
+from regraft.passes.recognize.zeroing import ZEROING, hide_again
 
 aten = torch.ops.aten
 where_other = Operator((aten.where.ScalarOther,))
@@ -44,6 +46,7 @@ first_of = Operator((python_operator.getitem,))
 amax = Operator((aten.amax.default,))
 from_number = Operator((aten.rsub.Scalar,))
 at_least = Operator((aten.clamp.default,))
+without_nan = Operator((aten.nan_to_num.default,))
 
 
 def _softcapped(scores: Any) -> Any:
@@ -95,6 +98,9 @@ class RecognizeAttention(Rule):
             "after",
             cast=lambda w: to_dtype(w, anything()),
             drop_sinks=lambda w: slice_(w, -1, anything("start"), anything("kept")),
+            zero_self=lambda w: where_self(variable("condition"), 0, w),
+            zero_other=lambda w: where_other(variable("condition"), w, 0),
+            no_nan=lambda w: without_nan(w, either(None, 0)),
             reshape=lambda w: reshape(w, anything()),
         )
         return matmul(weights, value)
@@ -110,18 +116,27 @@ class RecognizeAttention(Rule):
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         heads, scores, masks = match.facts["site"]
-        return build_attention(build, match.root, heads, scores, masks, empty_rows="nan")
+        empty_rows = "zero" if zeroing_steps(match) else "nan"
+        return build_attention(build, match.root, heads, scores, masks, empty_rows=empty_rows)
 
 
 def _read(match: Match) -> tuple[Heads, Scores, Masks]:
     scores = read_scores(match.product, match.steps("before"))
+    hide_again(scores, zeroing_steps(match), match.program)
     if not size_equal(shape(match.weights)[-1], shape(match.product)[-1] + int(scores.sinks is not None)):
         raise Refused("the softmax does not run over all keys", match.weights)
     _check_sinks(match, scores)
     heads = read_heads(match.query, match.key_transposed, match.value, scores, match.root)
     key_length = shape(match.product)[-1]
     masks = read_masks(match.program, scores, shape(match.product)[-2], key_length)
+    if zeroing_steps(match) and (masks.fill is not None or masks.chain):
+        raise Refused("weights are set to zero, of a mask that leaves them something", match.weights)
     return heads, scores, masks
+
+
+def zeroing_steps(match: Match) -> list[TakenStep]:
+    """The steps behind the softmax that give rows without a key no weight at all."""
+    return [step for step in match.steps("after") if step.label in ZEROING]
 
 
 def _check_sinks(match: Match, scores: Scores) -> None:

@@ -49,9 +49,37 @@ def _two_values(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.cat([weights @ value, weights @ value.flip(1)], -1)
 
 
+def _zeroed_again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    hidden = torch.arange(5) > torch.arange(5)[:, None] - 2  # the first two rows see no key
+    scores = (query @ key.mT * _SCALE).masked_fill(hidden, torch.finfo(query.dtype).min)
+    return scores.softmax(-1).masked_fill(hidden, 0.0) @ value
+
+
+def _without_nan(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    hidden = torch.arange(5) > torch.arange(5)[:, None] - 2
+    return (query @ key.mT).masked_fill(hidden, -math.inf).softmax(-1).nan_to_num() @ value
+
+
+def _zeroed_elsewhere(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    hidden = torch.arange(5) > torch.arange(5)[:, None]
+    return (query @ key.mT).softmax(-1).masked_fill(hidden, 0.0) @ value
+
+
+def _zeroed_in_part(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    hidden, first = torch.arange(5) > torch.arange(5)[:, None] - 2, torch.arange(5) == 0
+    scores = (query @ key.mT).masked_fill(hidden, torch.finfo(query.dtype).min)
+    return scores.masked_fill(first, -math.inf).softmax(-1).masked_fill(hidden, 0.0) @ value
+
+
 def _weights_returned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     weights = (query @ key.mT).softmax(-1)
     return weights @ value, weights
+
+
+def _each(query: Tensor) -> Tensor:
+    """A mask of its own for each batch, with a dim more in front."""
+    seen = torch.arange(5) <= torch.arange(1, 6)[:, None]
+    return torch.stack([seen, seen.T])[None, :, None]
 
 
 ATTENTION = (
@@ -59,6 +87,8 @@ ATTENTION = (
     Example("softcap", _heads(_softcapped)),
     Example("grouped queries, softmax in fp32", _heads(_grouped, kv_heads=2)),
     Example("one weight for two values", _heads(_two_values)),
+    Example("weights of hidden keys are zeroed, rows without a key too", _heads(_zeroed_again)),
+    Example("NaN of rows without a key is zero", _heads(_without_nan)),
 )
 ATTENTION_NEAR_MISSES = (
     Example(
@@ -66,6 +96,8 @@ ATTENTION_NEAR_MISSES = (
         _heads(lambda q, k, v: (q @ k.mT).softmax(-2) @ v),
         "softmax runs over dim -2, not over the keys",
     ),
+    Example("weights alone are masked", _heads(_zeroed_elsewhere), "set to zero where the scores are not masked"),
+    Example("one mask of two zeroes weights", _heads(_zeroed_in_part), "not all masks set weights to zero"),
     Example("the weights are returned", _heads(_weights_returned), "attention weights are used outside the attention"),
     Example(
         "scaled after the softcap",
@@ -74,6 +106,10 @@ ATTENTION_NEAR_MISSES = (
     ),
 )
 SDPA = (
+    Example(
+        "five dims",
+        _heads(lambda q, k, v: F.scaled_dot_product_attention(*(x[None].expand(3, *x.shape) for x in (q, k, v)))),
+    ),
     Example("plain", _heads(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))),
     Example("causal", _heads(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))),
     Example(
@@ -82,8 +118,13 @@ SDPA = (
 )
 SDPA_NEAR_MISSES = (
     Example(
-        "five dims",
-        _heads(lambda q, k, v: F.scaled_dot_product_attention(*(x[None].expand(3, *x.shape) for x in (q, k, v)))),
-        "the query has neither 3 nor 4 dims",
+        "six dims",
+        _heads(lambda q, k, v: F.scaled_dot_product_attention(*(x[None, None] for x in (q, k, v)))),
+        "the query has neither 3, 4 nor 5 dims",
+    ),
+    Example(
+        "five dims, and a mask for each of the first",
+        _heads(lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=_each(q))),
+        "a mask differs over the leading dims of five",
     ),
 )

@@ -33,7 +33,9 @@ class RecognizeSdpa(Rule):
     def check(self, match: Match) -> Iterator[Requirement]:
         given = arguments(match.root)
         yield need(given["dropout_p"] == 0, "dropout is on", at=match.root)
-        yield need(rank(given["query"]) in (3, 4), "the query has neither 3 nor 4 dims", at=match.root)
+        yield need(rank(given["query"]) in (3, 4, 5), "the query has neither 3, 4 nor 5 dims", at=match.root)
+        plain = rank(given["query"]) < 5 or given["attn_mask"] is None or rank(given["attn_mask"]) <= 2
+        yield need(plain, "a mask differs over the leading dims of five", at=match.root)
         try:
             match.facts["site"] = _read(match, given)
         except Refused as refused:
