@@ -32,6 +32,7 @@ from regraft.passes.recognize.moe_loop import RecognizeMoeLoop
 from regraft.passes.recognize.rms_norm import RecognizeRmsNorm
 from regraft.passes.recognize.rms_norm_call import RecognizeRmsNormCall
 from regraft.passes.recognize.rms_norm_length import RecognizeRmsNormByLength
+from regraft.passes.recognize.rms_norm_unit import RecognizeRmsNormOfUnit
 from regraft.passes.recognize.rope import RecognizeRope
 from regraft.passes.recognize.rope_complex import RecognizeRopeComplex
 from regraft.passes.recognize.rope_pairs import RecognizeRopePairs
@@ -55,6 +56,7 @@ class RecognizeRowwise(RulePass):
         RecognizeRmsNormCall(),
         RecognizeRmsNormByLength(),
         RecognizeRmsNorm(),
+        RecognizeRmsNormOfUnit(),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from regraft.ir import ops
@@ -55,21 +56,26 @@ class RecognizeRmsNorm(Rule):
         variance = add(mean(power(raised, 2), anything("axes"), True), scalar("eps")).named("variance")
         normed = over_root(x, variance).named("normed")
         scale = either(add(weight, scalar("offset")), weight).named("scale")
+        weighted = mul(raised, scale).named("normed")
         return either(
+            weighted_first=over_root(weighted, variance),
             rounded_first=mul(to_dtype(normed, anything()).named("rounded"), scale),
             rounded_last=maybe(lambda y: to_dtype(y, anything()), either(mul(normed, scale), normed), "cast"),
             tag="order",
         )
 
     def check(self, match: Match) -> Iterator[Requirement]:
-        source = uncast(match.raised)
+        source, x = uncast(match.raised), match.get("x", match.raised)
         yield need(is_last_dim(match.axes), "the mean is not over the last dimension", match.variance)
-        yield need(match.x in (match.raised, source), "the mean is of another tensor than what is divided", match.x)
+        yield need(x in (match.raised, source), "the mean is of another tensor than what is divided", x)
         yield need(isinstance(match.eps, (int, float)), "eps is not a number", match.variance)
-        yield need(rank(match.x) > 0, "a scalar has no dimension to normalise")
+        yield need(rank(x) > 0, "a scalar has no dimension to normalise")
         if "scale" in match:
-            yield need(is_vector(match.weight, shape(match.x)[-1]), "the weight is not a vector", match.weight)
+            yield need(is_vector(match.weight, shape(x)[-1]), "the weight is not a vector", match.weight)
             yield need(match.sole_user("normed"), "the normalised value is used without the weight", match.normed)
+        if match.order == "weighted_first":
+            same = dtype(match.root) == dtype(x) == torch.promote_types(dtype(x), torch.float32)
+            yield need(same, "the weight is applied first, and rounded", match.normed)
         cast = match.get("rounded") or (match.root if match.get("cast") == "wrapped" else None)
         if cast is not None:
             back = dtype(cast) == dtype(widening_source(match.raised))
@@ -83,7 +89,7 @@ class RecognizeRmsNorm(Rule):
             source = widening_source(match.raised)
             narrow = None if weight is None else widening_source(weight)
             return build.call(ops.rms_norm, source, narrow, match.eps, offset, "after_weight")
-        raised = match.raised if match.raised is match.x else again(match.raised, build)
+        raised = match.raised if match.raised is match.get("x", match.raised) else again(match.raised, build)
         return build.call(ops.rms_norm, raised, weight, match.eps, offset, "before_weight")
 
 

@@ -65,6 +65,7 @@ def unrounded_t5(x: Tensor, weight: Tensor) -> Tensor:
 
 EXAMPLES = (
     example("plain", lambda x, w: x * inverse_root(x) * w),
+    example("weighted first", lambda x, w: w * x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6)),
     example("without weight", lambda x, w: x * inverse_root(x)),
     example("divided by the root", lambda x, w: w * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6))),
     example("one over the root", lambda x, w: x * (1 / torch.sqrt(x.square().mean(-1, True) + 1e-6)) * w),
@@ -80,6 +81,12 @@ NEAR_MISSES = (
         reason="the mean is not over the last dimension",
     ),
     example("mean of another tensor", lambda x, w: x * inverse_root(x + w), reason="the mean is of another tensor"),
+    example(
+        "weighted first, bf16",
+        lambda x, w: w * x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+        torch.bfloat16,
+        reason="the weight is applied first, and rounded",
+    ),
     example("cubes", lambda x, w: x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6), reason="expected 2"),
     example(
         "sum instead of mean",

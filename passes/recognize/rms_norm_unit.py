@@ -1,0 +1,101 @@
+"""Recognise RMSNorm written as a unit vector, whose length has a floor, times the root of its size:
+``x / max(|x|, floor) * sqrt(d) * weight``. ``rms_norm_length.py`` has the form without a floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regraft.ir import ops
+from regraft.ir.nodes import Builder, dtype, shape
+from regraft.ir.pattern import add, anything, div, either, maybe, mul, operator, scalar
+from regraft.ir.rule import Example, Match, Replacement, Requirement, Rule, need
+from regraft.passes.recognize.reading import is_near, is_vector
+from regraft.passes.recognize.rms_norm import scale_of
+
+aten = torch.ops.aten
+vector_norm = operator(aten.linalg_vector_norm.default)
+at_least = operator(aten.clamp.default)
+expanded = operator(aten.expand.default)
+
+#: A floor of the root mean square as low as this is eps: what it changes is no activation.
+_LOW = 1e-7
+
+
+class RecognizeRmsNormOfUnit(Rule):
+    """``F.normalize(x, dim=-1) * sqrt(d) * weight``, or ``x / (|x| / sqrt(d)).clamp(min=floor) * weight``.
+
+    The floor becomes an eps of its square. The two agree but for rows whose root mean square is about as low.
+    """
+
+    recognizes = "rms_norm"
+    landmark = "length"
+
+    def pattern(self, x: Any, weight: Any) -> Any:
+        norm = vector_norm(x, 2, [-1], True).named("length")
+        low = at_least(either(mul(norm, scalar("share")), div(norm, scalar("parts")), norm), scalar("floor"))
+        normed = div(x, maybe(lambda y: expanded(y, anything()), low)).named("normed")
+        scale = either(add(weight, scalar("offset")), weight).named("scale")
+        return either(
+            mul(mul(normed, scalar("root")), scale),
+            mul(mul(normed, scale), scalar("root")),
+            mul(normed, mul(scale, scalar("root"))),
+            mul(normed, scale),
+        )
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        size = shape(match.x)[-1]
+        yield need(isinstance(size, int), "the size to normalise is not known", match.x)
+        yield need(dtype(match.x).itemsize >= 4, "the norm is rounded to a narrow type", match.normed)
+        yield need(dtype(match.root) == dtype(match.x), "the weight has another type", match.root)
+        factor = match.get("root", 1.0) / match.get("share", 1 / match.get("parts", 1.0))
+        yield need(
+            is_near(factor, math.sqrt(size)), f"the unit is scaled by {factor:.6g}, not sqrt({size})", match.root
+        )
+        yield need(_floor(match) <= _LOW, f"the root mean square is at least {_floor(match):.3g}", match.normed)
+        yield need(is_vector(match.weight, size), "the weight is not a vector", match.weight)
+        yield need(match.sole_user("normed"), "the unit is used without the weight", match.normed)
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        weight, offset = scale_of(match)
+        return build.call(ops.rms_norm, match.x, weight, _floor(match) ** 2, offset, "before_weight")
+
+
+def _floor(match: Match) -> float:
+    """The least root mean square: the clamp is of the norm, or of a share of it."""
+    share = match.get("share", 1 / match.get("parts", 1.0))
+    return float(match.floor / share / math.sqrt(shape(match.x)[-1]))
+
+
+def _example(name: str, function: Any, reason: str = "", type_: torch.dtype = torch.float32) -> Example:
+    def make() -> tuple[Any, tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(0)
+        tensors = torch.randn(2, 3, 16, generator=generator), torch.rand(16, generator=generator) + 0.5
+        return function, tuple(tensor.to(type_) for tensor in tensors)
+
+    return Example(name, make, reason)
+
+
+def _shared(x: Tensor, weight: Tensor, floor: float = 1e-8) -> Tensor:
+    length: Tensor = x.norm(dim=-1, keepdim=True)
+    return x / (length * 16**-0.5).clamp(min=floor) * weight
+
+
+RecognizeRmsNormOfUnit.examples = (
+    _example("root, then weight", lambda x, w: F.normalize(x, dim=-1) * 4.0 * w),
+    _example("weight, then root", lambda x, w: F.normalize(x, dim=-1) * w * 16**0.5),
+    _example("an offset", lambda x, w: F.normalize(x, dim=-1) * 4.0 * (w + 1)),
+    _example("the weight holds the root", lambda x, w: F.normalize(x, dim=-1) * (w * 4.0)),
+    _example("the root mean square alone", _shared),
+)
+RecognizeRmsNormOfUnit.near_misses = (
+    _example("another scale", lambda x, w: F.normalize(x, dim=-1) * 10.0 * w, "the unit is scaled by 10, not sqrt(16)"),
+    _example("a unit vector", lambda x, w: F.normalize(x, dim=-1) * w, "the unit is scaled by 1"),
+    _example("a floor that shows", lambda x, w: _shared(x, w, 1e-3), "the root mean square is at least 0.001"),
+    _example("bf16", lambda x, w: F.normalize(x, dim=-1) * 4.0 * w, "rounded to a narrow type", torch.bfloat16),
+)
