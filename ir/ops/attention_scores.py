@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regraft.ir.mask import parse, to_dense
+from regraft.ir.mask import parse, to_broadcast
 
 _SCORES_AT_ONCE = 1 << 21
 
@@ -54,17 +54,18 @@ def _product(query: Tensor, key: Tensor) -> Tensor:
 
 
 class Block(NamedTuple):
-    """``scores`` ``[batch, heads, rows, keys]`` of some ``rows``, and which of them are ``seen``; None for all."""
+    """``scores`` ``[batch, heads, rows, keys]`` of some ``rows``, and which are ``seen``: a mask that broadcasts to
+    them, or None for all."""
 
     rows: slice
     scores: Tensor
     seen: Tensor | None
 
     def masked(self, fill: float | None) -> Tensor:
-        """The scores with ``fill``, or minus infinity, where a row does not see a key."""
+        """The scores, which it changes, with ``fill``, or minus infinity, where a row does not see a key."""
         if self.seen is None:
             return self.scores
-        return self.scores.masked_fill(~self.seen, -math.inf if fill is None else fill)
+        return self.scores.masked_fill_(~self.seen, -math.inf if fill is None else fill)
 
 
 def row_blocks(
@@ -97,7 +98,8 @@ def row_blocks(
         rows = slice(start, start + step)
         seen = None
         if mask != "all":
-            seen = to_dense(parse(mask), mask_tensors, batch, heads, length, whole, query.device, some=rows)[..., here]
+            seen = to_broadcast(parse(mask), mask_tensors, heads, length, whole, query.device, some=rows)
+            seen = seen if seen.shape[-1] == 1 else seen[..., here]
         added = of_rows(bias, rows)
         scores = scores_of(query[:, :, rows], key, scale, softcap, added, slopes, first_row=start, first_key=first)
         yield Block(rows, scores, seen)
@@ -126,5 +128,5 @@ def softmax_of(scores: Tensor, sinks: Tensor | None, empty_rows: str) -> Tensor:
     """The weights of masked scores; ``sinks`` and ``empty_rows`` as in ``regraft::attention``."""
     weights = with_sinks(scores, sinks).softmax(-1)[..., : scores.shape[-1]]
     if empty_rows == "zero" and sinks is None:
-        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+        weights = weights.masked_fill_((scores == -math.inf).all(-1, keepdim=True), 0.0)
     return weights
