@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
+from regraft.codegen.triton.attention_part_lower import lower_parts
 from regraft.codegen.triton.attention_scores_lower import lower_scores
 from regraft.codegen.triton.emit import Kernel, Origin
 from regraft.codegen.triton.gemm.configs import FEW_ROWS
@@ -34,12 +35,13 @@ RULE = "grouped experts"
 
 
 def lower_kernels(program: Program, products: bool = False) -> RegionReport:
-    """Experts, token reduction, what reads attention's scores, products where asked for, and
+    """Experts, token reduction, what reads attention's scores, parts of attention, products where asked for, and
     row-wise regions become kernels, in place."""
     report = RegionReport()
     lower_experts(program, report)
     lower_tokens(program, report)
     lower_scores(program, report)
+    lower_parts(program, report)
     if products:
         lower_products(program, report)
     return lower_regions(program, report)
