@@ -36,7 +36,7 @@ from regraft.codegen.cpu.rowwise import (
     lower_rope,
     lower_row_norm,
 )
-from regraft.codegen.cpu.small import lower_matmul, lower_reshape
+from regraft.codegen.cpu.small import lower_gather, lower_matmul, lower_reshape
 from regraft.codegen.cpu.tokens import lower_log, lower_merge, lower_plan, lower_scan, lower_unmerge
 from regraft.codegen.cpu.tuning import Tuner
 from regraft.codegen.cpu.windows import multiply_in_place
@@ -63,6 +63,7 @@ LOWERINGS: dict[Any, Lowering] = {
     ops.linear_scan: lower_scan,
     aten.log.default: lower_log,
     aten.reshape.default: lower_reshape,
+    aten.gather.default: lower_gather,
     aten.matmul.default: lower_matmul,
     aten.bmm.default: lower_matmul,
     ops.moe: lambda context, node: _lower_moe(context, node),

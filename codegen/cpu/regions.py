@@ -21,8 +21,7 @@ from regraft.ir import ops
 from regraft.ir.cost import footprint, node_cost
 from regraft.ir.program import Program
 
-_WORTH_IT = 0.01  # of the bytes that a program moves; less does not pay for building and loading the kernel
-
+_WORTH_IT = 0.02  # of the bytes that a program moves; less does not pay for building and loading the kernel
 _STEPS = 6  # of an activation that has no operator of PyTorch, at most
 
 

@@ -18,13 +18,14 @@ from torch import Tensor, fx, nn
 
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.native.tape import Recorder, Tape, Unrecordable
-from regraft.codegen.cpu.native_operators import DESCRIPTIONS
+from regraft.codegen.cpu.native_operators import DESCRIPTIONS, fused_native, windows_native
 from regraft.ir.nodes import is_view
 
 _MOST_TAPES = 64
 _MOST_SEEN = 256
 _NEW = object()
 _WORTH_IT = 2  # calls
+_LONG = {fused_native, windows_native}  # calls whose description takes longer than a run of a few numbers
 
 Value = Any
 
@@ -141,8 +142,8 @@ class _Run:
 
     @property
     def worth_it(self) -> bool:
-        calls = sum(node.target in DESCRIPTIONS for node in self.kept)
-        return calls >= _WORTH_IT or len(self.kept) > calls > 0
+        calls = [node.target for node in self.kept if node.target in DESCRIPTIONS]
+        return len(calls) >= _WORTH_IT or len(self.kept) > len(calls) > 0 or not _LONG.isdisjoint(calls)
 
 
 def _runs(graph: fx.Graph) -> list[_Run]:

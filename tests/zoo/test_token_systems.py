@@ -48,3 +48,17 @@ def test_keys_of_constant_centres_are_made_once() -> None:
     result = compiled(seeded(catanet.Grouping), X)
     products = [node for node in result.program.graph.nodes if node.target in (aten.linear.default, ops.linear)]
     assert products and not any(map(result.program.is_made_of_weights, products))
+
+
+@needs_native
+def test_members_of_cells_are_found_and_put_back_where_the_image_lies() -> None:
+    result = compiled(seeded(lambda: super_tokens.SuperTokens(64, 4, 4, 4)), draw(2, 64, 16, 16))
+    assert result.lowered().count("windows_native") == 3
+    assert "reshaped_native" not in result.lowered()
+
+
+@needs_native
+def test_the_likeness_of_neighbours_is_one_pass() -> None:
+    result = compiled(seeded(hnet.HNet), X)
+    assert "fused_native" in result.lowered()
+    assert not result.count(aten.cosine_similarity.default) and "linalg_vector_norm.default" not in result.lowered()

@@ -29,6 +29,14 @@ struct Batched {
     Steps out_rows, out_columns;
 };
 
+typedef float eight __attribute__((vector_size(32), aligned(4)));
+
+// Runs are short (the pixels of a window): a call for each would cost more than its numbers.
+INLINE void copy_run(float *to, const float *from, int64_t count) {
+    for (; count >= 8; count -= 8, to += 8, from += 8) *(eight *)to = *(const eight *)from;
+    for (int64_t i = 0; i < count; i++) to[i] = from[i];
+}
+
 // Copies a matrix between a place with pairs of dims and dense rows of `step` numbers.
 template <bool into>
 static void pack(float *dense, int64_t step, float *apart, Pair rows, Pair columns, Steps down, Steps across) {
@@ -36,7 +44,7 @@ static void pack(float *dense, int64_t step, float *apart, Pair rows, Pair colum
         float *there = apart + down.place(rows, r), *here = dense + r * step;
         for (int64_t c = 0; c < columns.outer; c++, there += across.outer, here += columns.inner) {
             if (across.inner == 1) {
-                memcpy(into ? here : there, into ? there : here, columns.inner * sizeof(float));
+                copy_run(into ? here : there, into ? there : here, columns.inner);
                 continue;
             }
             for (int64_t i = 0; i < columns.inner; i++)

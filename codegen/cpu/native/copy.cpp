@@ -1,4 +1,4 @@
-// A strided tensor of 4-byte elements written out dense: what a reshape of permuted dims copies.
+// A strided tensor of 4-byte elements written out dense: what a reshape of permuted dims copies. Rows by their number.
 #include "vector.h"
 
 constexpr int64_t WORTH_THREADS = 1 << 15;  // elements
@@ -56,4 +56,30 @@ extern "C" void regraft_copy(const Copy *given) {
     }
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < tasks; i++) work(i);
+}
+
+struct Gather {
+    const float *x;        // [batch, tokens, width]
+    const int64_t *index;  // [batch, count]
+    float *out;            // [batch, count, width]
+    int64_t *wrong;        // one more than the place of an index that is out of range, if any
+    int64_t batch, tokens, count, width, x_strides[2], index_strides[2];
+};
+
+extern "C" void regraft_gather_rows(const Gather *given) {
+    const Gather &s = *given;
+    auto work = [&](int64_t i) {
+        int64_t b = i / s.count, row = s.index[b * s.index_strides[0] + i % s.count * s.index_strides[1]];
+        if (row < 0 || row >= s.tokens) {
+            __atomic_store_n(s.wrong, i + 1, __ATOMIC_RELAXED);
+            return;
+        }
+        memcpy(s.out + i * s.width, s.x + b * s.x_strides[0] + row * s.x_strides[1], s.width * sizeof(float));
+    };
+    if (s.batch * s.count * s.width <= WORTH_THREADS) {
+        for (int64_t i = 0; i < s.batch * s.count; i++) work(i);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < s.batch * s.count; i++) work(i);
 }

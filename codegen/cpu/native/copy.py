@@ -1,13 +1,14 @@
-"""Launcher of ``copy.cpp``: the copy that a reshape of permuted dims makes."""
+"""Launchers of ``copy.cpp``: the copy that a reshape of permuted dims makes, and rows by their number."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from regraft.codegen.cpu.native.call import LONG, POINTER, NativeCall
+from regraft.codegen.cpu.native.call import LONG, POINTER, NativeCall, rows_of
 
 MOST_DIMS = 8
 
@@ -23,9 +24,35 @@ class _Copy(ctypes.Structure):
     )
 
 
+class _Gather(ctypes.Structure):
+    """``Gather`` in ``copy.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "index", "out", "wrong")),
+        *((name, LONG) for name in ("batch", "tokens", "count", "width")),
+        ("x_strides", LONG * 2),
+        ("index_strides", LONG * 2),
+    )
+
+
 def declare(library: ctypes.CDLL) -> None:
-    """Tell ctypes what the function returns."""
+    """Tell ctypes what the functions return."""
     library.regraft_copy.restype = None
+    library.regraft_gather_rows.restype = None
+
+
+def gather_rows(library: ctypes.CDLL, x: Tensor, index: Tensor) -> Tensor:
+    """``out[b, i] = x[b, index[b, i, 0]]`` of ``x`` ``[batch, tokens, width]`` in fp32. Raises ``IndexError`` where
+    PyTorch does: what the kernel found is looked at, so the call is made at once."""
+    batch, tokens, width = x.shape
+    x, index = rows_of(x), index.squeeze(-1)
+    out, wrong = x.new_empty((*index.shape, width)), torch.zeros(1, dtype=torch.int64)
+    values = (batch, tokens, index.shape[1], width, x.stride()[:2], index.stride())
+    NativeCall("regraft_gather_rows", _Gather, (x, index, out, wrong), values, out, (out, wrong)).run(library)
+    place = int(wrong) - 1
+    if place >= 0:
+        raise IndexError(f"index {int(index.flatten()[place])} is out of bounds for dimension 1 with size {tokens}")
+    return out
 
 
 def reshaped(library: ctypes.CDLL, x: Tensor, sizes: Sequence[int]) -> NativeCall:

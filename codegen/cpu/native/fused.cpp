@@ -228,8 +228,9 @@ static void run_block(const Fused &s, const Block &block, float *const *own, con
         case Word::STORE: s.kinds[at.b] ? store_rows<uint8_t>(s, at, block, a) : store_rows<float>(s, at, block, a); continue;
         case Word::FILL: fill(to, count, [&](auto) { return splat(n); }); break;
         case Word::MOVE: move(at, block.rows, to, a, at.c); break;
-        case Word::EXPAND:
-            for (int64_t r = 0; r < block.rows; r++) fill(to + r * width, width, [&](auto) { return splat(a[r]); });
+        case Word::EXPAND:  // whole vectors: what is too much is written over by the next row, or lies behind the register
+            for (int64_t r = 0; r < block.rows; r++)
+                for (int64_t i = 0; i < width; i += LANES) store(to + r * width + i, splat(a[r]));
             break;
         case Word::SUM: reduce(to, a, block.rows, at.from_width, 0, [](vec x, vec y) { return x + y; }); break;
         case Word::MEAN:
@@ -287,7 +288,7 @@ extern "C" void regraft_fused(const Fused *given) {
     for (int64_t axis = 0; axis < s.axes; axis++) rows *= s.sizes[axis];
     int64_t wide = s.whole ? s.columns : smaller(s.columns, BLOCK), tall = larger(BLOCK / wide, (int64_t)1);
     int64_t across = ceil_div(s.columns, wide), tasks = ceil_div(rows, tall) * across;
-    int64_t size = round_up(tall * wide, 16);
+    int64_t size = round_up(tall * wide, 16) + LANES;
     auto part = [&](int64_t first, int64_t last) {
         float *memory = (float *)memalign(64, s.registers * size * sizeof(float));
         float *own[s.registers];

@@ -107,3 +107,30 @@ def test_large_products_and_copies_of_rows_stay_pytorchs() -> None:
     assert "reshaped_native" not in str(lower(heads).module.graph)
     product = captured(torch.matmul, (torch.randn(8, 128, 128), torch.randn(8, 128, 128)))
     assert "batched_native" not in str(lower(product).module.graph)
+
+
+def chosen(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def test_rows_by_number_are_copied_whole() -> None:
+    x, index = torch.randn(3, 50, 192)[..., 64:], torch.randint(0, 50, (3, 60))
+    executable = lower(captured(chosen, (x, index)))
+    assert "gather_rows" in str(executable.module.graph)
+    assert torch.equal(executable(x, index)[0], chosen(x, index))
+    turned = torch.randn(3, 128, 50).mT  # columns that lie apart
+    assert torch.equal(executable(turned, index)[0], chosen(turned, index))
+
+
+@pytest.mark.parametrize("number", [-1, 50])
+def test_a_number_out_of_range_raises(number: int) -> None:
+    x, index = torch.randn(3, 50, 128), torch.randint(0, 50, (3, 60))
+    executable = lower(captured(chosen, (x, index)))
+    index[2, 7] = number
+    with pytest.raises(IndexError, match=f"index {number} is out of bounds for dimension 1 with size 50"):
+        executable(x, index)
+
+
+def test_a_number_for_each_element_stays_pytorchs() -> None:
+    x, index = torch.randn(3, 50, 128), torch.randint(0, 50, (3, 60, 128))
+    assert "gather_rows" not in str(lower(captured(lambda x, i: x.gather(1, i), (x, index))).module.graph)
