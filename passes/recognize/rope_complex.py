@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.ir import ops
-from regraft.ir.nodes import Builder, rank, shape, size_equal, sizes_equal
+from regraft.ir.nodes import Builder, dtype, rank, shape, size_equal, sizes_equal
 from regraft.ir.pattern import anything, mul, operator, reshape
 from regraft.ir.rule import Example, Match, Replacement, Requirement, Rule, need
 from regraft.passes.recognize.pairs import flat_pairs
@@ -33,6 +33,7 @@ class RecognizeRopeComplex(Rule):
         half = shape(match.pairs)[-2]
         table = rank(match.turn) > 0 and size_equal(shape(match.turn)[-1], half)
         yield need(table, "the table does not have one value for each pair", match.turn)
+        yield need(dtype(match.turn).is_complex, "the pairs are stretched by real numbers, not turned", match.turn)
         same = sizes_equal(shape(match.product), shape(match.number))
         yield need(same, "the rotation changes the shape", match.turn)
         flat = size_equal(shape(match.written)[-1], half * 2)
@@ -48,10 +49,10 @@ class RecognizeRopeComplex(Rule):
         return build.call(aten.reshape.default, result, match.root.args[1])
 
 
-def _example(name: str, table: int, reason: str = "") -> Example:
+def _example(name: str, table: int, reason: str = "", real: bool = False) -> Example:
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(3)
+        return torch.view_as_real(pairs * (cos if real else torch.complex(cos, sin))).flatten(3)
 
     def make() -> tuple[Any, tuple[Tensor, ...]]:
         generator = torch.Generator().manual_seed(0)
@@ -62,4 +63,7 @@ def _example(name: str, table: int, reason: str = "") -> Example:
 
 
 RecognizeRopeComplex.examples = (_example("llama", 4),)
-RecognizeRopeComplex.near_misses = (_example("one value a row", 1, "the table does not have one value for each pair"),)
+RecognizeRopeComplex.near_misses = (
+    _example("one value a row", 1, "the table does not have one value for each pair"),
+    _example("real numbers", 4, "the pairs are stretched by real numbers", real=True),
+)
