@@ -16,12 +16,12 @@ WIDEST = 8192
 _FP32 = {"sm_80": (16, 16, 32, 8, 1), "sm_90": (16, 32, 32, 4, 1), "sm_100": (16, 16, 32, 4, 1)}
 
 
-def plan_configs(dtype: torch.dtype, matching: str) -> dict[str, tuple[int, ...]]:
+def plan_configs(dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
     """Tokens of two tiles that are compared, numbers of a token, warps and stages."""
-    if dtype != torch.float32:
-        return dict.fromkeys(ARCHS, (64, 64, 32, 8, 2))
-    found: dict[str, tuple[int, ...]] = {arch: _FP32.get(arch, (16, 16, 32, 4, 1)) for arch in ARCHS}
-    return found | ({"sm_80": (16, 32, 32, 4, 1)} if matching == "distinct" else {})
+    if dtype == torch.float32:
+        return {arch: _FP32.get(arch, (16, 16, 32, 4, 1)) for arch in ARCHS}
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(ARCHS, (64, 64, 32, 8, 2)) | {"sm_100": (64, 64, 32, 8, 1)}
+    return found | ({"sm_80": (64, 32, 32, 8, 2)} if dtype == torch.bfloat16 else {})
 
 
 def merge_configs(width: int) -> dict[str, tuple[int, ...]]:

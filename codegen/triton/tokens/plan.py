@@ -38,7 +38,7 @@ def emit_plan(spec: PlanSpec, origins: tuple[Origin, ...] = ()) -> Kernel:
     """The kernel; it takes what ``spec.operands`` names and returns ``kept``, ``sources`` and ``slots`` as
     ``regraft::plan_merge`` does."""
     parameters = _parameters(spec)
-    configs = plan_configs(spec.dtype, spec.matching)
+    configs = plan_configs(spec.dtype)
     ordered = spec.matching in ("energy", "distinct")
     strides = ("WIDTH", "1") if spec.heads else ("metric_stride_token", "metric_stride_column")
     body = render(

@@ -25,7 +25,7 @@ RANK_PADDED, RANK_ODD, RANK_ALONE = tl.constexpr(-1e30), tl.constexpr(-2e30), tl
 CONFIGS = {
     "sm_80": (64, 64, 32, 8, 2),
     "sm_90": (64, 64, 32, 8, 2),
-    "sm_100": (64, 64, 32, 8, 2),
+    "sm_100": (64, 64, 32, 8, 1),
     "gfx942": (64, 64, 32, 8, 2),
 }
 
@@ -125,7 +125,7 @@ def count_ahead(value_rows, places, value, tokens, BLOCK_N: tl.constexpr):
 @triton.jit(
     do_not_specialize=["tokens", "heads", "removed", "prefix", "suffix", "metric_stride_batch", "metric_stride_head"]
 )
-def token_plan_272a06ce(
+def token_plan_ce970bd9(
     metric,
     kept,
     sources,
@@ -324,7 +324,7 @@ def launch(
     mean = metric.new_empty((batch, tokens, WIDTH.value))
     block_m, block_n, block_k, warps, stages = config or tiles(metric.device)
     with torch.cuda.device_of(metric):
-        token_plan_272a06ce[(batch,)](
+        token_plan_ce970bd9[(batch,)](
             metric,
             kept,
             sources,
@@ -350,7 +350,7 @@ def launch(
     return kept, sources, slots
 
 
-@torch.library.custom_op("regraft_kernels::token_plan_272a06ce", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("regraft_kernels::token_plan_ce970bd9", mutates_args=(), device_types="cpu")
 def operator(metric: Tensor, remove: int, prefix: int, suffix: int) -> tuple[Tensor, Tensor, Tensor]:
     """The operator: its definition on the CPU, the kernel on a GPU."""
     check(metric, remove, prefix, suffix)
