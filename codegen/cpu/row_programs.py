@@ -24,9 +24,8 @@ from regraft.codegen.cpu.native.fused import (
     code_of,
 )
 from regraft.codegen.cpu.row_instructions import MOVES, REDUCTIONS, WRITERS, Emitter
-from regraft.codegen.triton.rowwise.axes import COLUMN, Labels, RowAxes, Unfusable
+from regraft.codegen.triton.rowwise.axes import COLUMN, Labels, RowAxes, Unfusable, memory_order
 from regraft.codegen.triton.rowwise.expand import Expansion
-from regraft.codegen.triton.rowwise.file import memory_order
 from regraft.codegen.triton.rowwise.operators import interleave
 from regraft.codegen.triton.rowwise.primitives import is_copy, operator_word
 from regraft.ir.nodes import arguments, dtype, shape

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from regraft.codegen.triton.rowwise.operators import Kind, Step, step_of
-from regraft.ir.nodes import shape, size_equal
+from regraft.ir.nodes import concrete, shape, size_equal
 
 #: Labels beside the numbers of axes: the columns, and a dim of size one.
 COLUMN, UNIT = -1, None
@@ -206,3 +206,12 @@ def _result_shape(node: fx.Node) -> tuple[Any, ...]:
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
+
+
+def memory_order(node: fx.Node) -> tuple[int, ...]:
+    """The dims of a value from the outermost in memory to the innermost, as the graph lays it out."""
+    value = node.meta["val"]
+    strides = [concrete(stride) for stride in value.stride()]
+    sizes = [concrete(size) for size in value.shape]
+    order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
+    return tuple(order) if all(strides[dim] or sizes[dim] == 1 for dim in order) else tuple(range(len(strides)))

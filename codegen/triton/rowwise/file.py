@@ -10,13 +10,13 @@ import torch
 from torch import fx
 
 from regraft.codegen.triton.emit import POINTER_KINDS, Entry, Kernel, Origin, Parameter, digest, header
-from regraft.codegen.triton.rowwise.axes import COLUMN, UNIT, Labels, RowAxes, Unfusable
+from regraft.codegen.triton.rowwise.axes import COLUMN, UNIT, Labels, RowAxes, Unfusable, memory_order
 from regraft.codegen.triton.rowwise.device import Body, View
 from regraft.codegen.triton.rowwise.expand import Expansion
 from regraft.codegen.triton.rowwise.helpers import helper_text
 from regraft.codegen.triton.rowwise.operators import interleave, product
 from regraft.codegen.triton.rowwise.reference import reference_lines
-from regraft.ir.nodes import concrete, dtype, shape
+from regraft.ir.nodes import dtype, shape
 
 
 class RegionFile:
@@ -265,12 +265,3 @@ class _Output:
 def _assigned(names: list[str]) -> str:
     """The left side of an assignment of a tuple to names."""
     return f"({names[0]},) = " if len(names) == 1 else f"{', '.join(names)} = " if names else ""
-
-
-def memory_order(node: fx.Node) -> tuple[int, ...]:
-    """The dims of a value from the outermost in memory to the innermost, as the graph lays it out."""
-    value = node.meta["val"]
-    strides = [concrete(stride) for stride in value.stride()]
-    sizes = [concrete(size) for size in value.shape]
-    order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
-    return tuple(order) if all(strides[dim] or sizes[dim] == 1 for dim in order) else tuple(range(len(strides)))
