@@ -92,7 +92,7 @@ def test_masks_of_tensors(run: Run, kind: str, mask: str) -> None:
     compare(run, kind, spec, operands(spec, 2, 1, 2, 19, 21), ours)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=7, deadline=None, derandomize=True)
 @given(
     sizes=st.tuples(*(st.integers(1, most) for most in (2, 2, 3, 20, 35))),
     dim=st.sampled_from([1, 16, 24, 40]),
