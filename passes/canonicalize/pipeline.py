@@ -16,9 +16,14 @@ from regraft.passes.canonicalize.cleanup import DropAssertions, DropDeadCode, Me
 
 @dataclass(frozen=True)
 class Spell(RulePass):
-    """Every operator in its one canonical spelling."""
+    """Every operator in its one canonical spelling; no dropout, which would part a softmax from a product."""
 
-    rules: ClassVar[Sequence[Rule]] = (*views.SPELLINGS, *arithmetic.SPELLINGS, *cosine.SPELLINGS)
+    rules: ClassVar[Sequence[Rule]] = (
+        casts.dropout_in_eval,
+        *views.SPELLINGS,
+        *arithmetic.SPELLINGS,
+        *cosine.SPELLINGS,
+    )
 
 
 @dataclass(frozen=True)
