@@ -3,7 +3,7 @@
 Falcon (one key head, ALiBi), BLOOM (baddbmm, ALiBi over merged heads), GPT-Neo (two masks that add up), XGLM (clamped
 scores), OpenAI GPT (scores blended with a number), XLNet (einsum, a mask that is subtracted), DeBERTa (disentangled
 attention), Swin and Swin 2 (windows, cosine attention), ViTDet (positions of rows and columns), NanoChat (rope turned
-the other way), encoder-decoder models, and the many relatives of Llama.
+the other way), Granite SWA (a sink scales the output), encoder-decoder models, and the many relatives of Llama.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ OTHERS: tuple[Family, ...] = (
     _other("xglm", "XGLMForCausalLM", eager=True, vocab_size=128, d_model=64, ffn_dim=96, num_layers=2,
            attention_heads=4, max_position_embeddings=128),
     text("gpt_neox_japanese", "GPTNeoXJapaneseModel", only_eager=True),
+    text("granite_swa", "GraniteSWAForCausalLM", only_eager=True),
     text("ministral", "MinistralForCausalLM", sliding_window=8, head_dim=16),
     text("bitnet", "BitNetForCausalLM"),
     text("apertus", "ApertusForCausalLM"),
