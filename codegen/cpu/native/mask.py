@@ -89,9 +89,9 @@ class _Writer:
             case Same(left, right) if not any(self.tensors[n].dtype.is_floating_point for n in (left, right)):
                 return self._same(self.tensors[left], self.tensors[right])
             case Keys(number):
-                return self._table(self.tensors[number].reshape(-1, 1, 1, self.keys) != 0)
+                return self._table(_truth(self.tensors[number]).reshape(-1, 1, 1, self.keys))
             case Dense(number):
-                return self._table(self.tensors[number] != 0)
+                return self._table(_truth(self.tensors[number]))
         return self._table(to_broadcast(predicate, self.tensors, self.heads, self.length, self.keys))
 
     def _fold(self, operands: Sequence[Predicate], kind: int) -> int:
@@ -131,3 +131,8 @@ class _Writer:
         self._tables.append(table)
         self.sizes = tuple(map(max, self.sizes, table.shape[:3]))
         return tuple(0 if size == 1 else step for size, step in zip(table.shape, table.stride(), strict=True))
+
+
+def _truth(tensor: Tensor) -> Tensor:
+    """A boolean tensor as it is: a copy of a mask of all scores would take longer than its bits."""
+    return tensor if tensor.dtype == torch.bool else tensor != 0
