@@ -12,25 +12,27 @@ from regraft.codegen.triton.attention_configs import ARCHS
 #: The widest tokens that a merge holds whole.
 WIDEST = 8192
 
+Config = tuple[int, ...]
 
-_FP32 = {"sm_80": (16, 16, 32, 8, 1), "sm_90": (16, 32, 32, 4, 1), "sm_100": (16, 16, 32, 4, 1)}
+_FP32: dict[str, Config] = {"sm_80": (16, 16, 32, 8, 1), "sm_90": (16, 32, 32, 4, 1)}
+_FP16: dict[str, Config] = {"sm_100": (64, 64, 32, 8, 1)}
+_BF16: dict[str, Config] = {**_FP16, "sm_80": (64, 32, 32, 8, 2)}
 
 
-def plan_configs(dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+def plan_configs(dtype: torch.dtype) -> dict[str, Config]:
     """Tokens of two tiles that are compared, numbers of a token, warps and stages."""
     if dtype == torch.float32:
-        return {arch: _FP32.get(arch, (16, 16, 32, 4, 1)) for arch in ARCHS}
-    found: dict[str, tuple[int, ...]] = dict.fromkeys(ARCHS, (64, 64, 32, 8, 2)) | {"sm_100": (64, 64, 32, 8, 1)}
-    return found | ({"sm_80": (64, 32, 32, 8, 2)} if dtype == torch.bfloat16 else {})
+        return dict.fromkeys(ARCHS, (16, 16, 32, 4, 1)) | _FP32
+    return dict.fromkeys(ARCHS, (64, 64, 32, 8, 2)) | (_BF16 if dtype == torch.bfloat16 else _FP16)
 
 
-def merge_configs(width: int) -> dict[str, tuple[int, ...]]:
+def merge_configs(width: int) -> dict[str, Config]:
     """Tokens that a program looks through together for those that come to its own, warps and stages."""
     warps = min(8, max(1, padded(width) // 256))
     return dict.fromkeys(ARCHS, (128, warps, 1))
 
 
-def unmerge_configs(width: int) -> dict[str, tuple[int, ...]]:
+def unmerge_configs(width: int) -> dict[str, Config]:
     """Rows and columns of a program, warps and stages."""
     columns = min(1024, padded(width))
     return dict.fromkeys(ARCHS, (max(1, 2048 // columns), columns, 4, 1))
