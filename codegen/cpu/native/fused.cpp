@@ -220,8 +220,10 @@ static void run_block(const Fused &s, const Block &block, float *const *own, con
         const Instruction &at = *p;
         int64_t width = width_of(s, at, block), count = block.rows * width;
         float *to = at.to < 0 ? nullptr : own[at.to];
-        const float *a = at.a < 0 ? nullptr : held[at.a], *b = at.b < 0 ? nullptr : held[at.b];
-        const float *c = at.c < 0 ? nullptr : held[at.c];
+        // A word's fields need not be registers: LOAD and STORE name an operand by b, MOVE counts columns by c.
+        bool b_is_operand = at.word == Word::LOAD || at.word == Word::STORE;
+        const float *a = at.a < 0 ? nullptr : held[at.a], *b = at.b < 0 || b_is_operand ? nullptr : held[at.b];
+        const float *c = at.word == Word::WHERE ? held[at.c] : nullptr;
         float n = at.number;
         switch (at.word) {
         case Word::LOAD: held[at.to] = s.kinds[at.b] ? load_rows<uint8_t>(s, at, block, to) : load_rows<float>(s, at, block, to); continue;

@@ -47,6 +47,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "dims in another order": (lambda x, y: F.gelu(x.transpose(1, 2) * 2 + y), (draw(3, 5, 7, 16), draw(3, 7, 5, 16))),
     "columns and rows turned": (lambda x, y: F.silu(x.mT * 2 + y), (draw(3, 24, 40), X)),
     "pieces of columns": (lambda x, y: torch.cat((x[..., :8] * 2, y[..., 8:] + 1), -1) * 3, (X, Y)),
+    "halves of wide rows": (  # a column count is no register, however wide
+        lambda x: (x[:, 6000:].clamp(-1, 1) + 1) * x[:, :6000].clamp(max=1).sigmoid(),
+        (draw(39, 12000),),
+    ),
     "a mask": (lambda x, m: torch.where(m[..., None], x * 2, x.neg()), (X, draw(3, 40) > 0)),
     "truth values": (lambda x, y: (((x > 0) & (y <= 0.5)) | ~(x > y), torch.where(x > y, x, y) * 2), (X, Y)),
     "activations": (
