@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
 
 import regraft.ir.ops  # noqa: F401  registers the semantic operators
 from regraft.ir.device import Device
@@ -117,10 +118,13 @@ def _count(node: fx.Node) -> tuple[Cost, bool]:
     return family(node), True
 
 
+_SIZED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)  # a program of rows, say, has no size
+
+
 def _unsized(node: fx.Node) -> bool:
     """Whether a size depends on data, so that nobody can say what the call moves."""
-    values = [part.meta.get("val") for part in (node, *node.all_input_nodes)]
-    return any(bool(free_unbacked_symbols(value)) for value in values if value is not None)
+    values = tree_leaves([part.meta.get("val") for part in (node, *node.all_input_nodes)])
+    return any(bool(free_unbacked_symbols(value)) for value in values if isinstance(value, _SIZED))
 
 
 def _family(target: Any) -> Callable[[fx.Node], Cost] | None:
