@@ -39,6 +39,13 @@ class _Apart:
         order = (*self.order[:first], *self.order[second:], *self.order[first:second])
         return _Apart(self.node, order, (batch, columns, rows), self.copied)
 
+    def renumbered(self) -> _Apart:
+        """The same for who counts the dims of columns before those of rows."""
+        batch, rows, columns = self.groups
+        first, second, last = (sum(map(len, self.groups[:count])) for count in (1, 2, 3))
+        places = [*range(first), *range(first + last - second, last), *range(first, first + last - second)]
+        return _Apart(self.node, tuple(places[dim] for dim in self.order), (batch, columns, rows), self.copied)
+
 
 def multiply_in_place(graph: fx.Graph) -> None:
     """Let native products of a lowered graph read in front of copies, and write behind them."""
@@ -87,9 +94,8 @@ def _operand(node: object) -> _Apart | None:
     if sizes is None or len(sizes) < 2:
         return None
     if node.target is aten.permute.default:
-        order, source = list(node.args[1]), node.args[0]  # type: ignore[arg-type]
-        swapped = [*range(len(sizes) - 2), len(sizes) - 1, len(sizes) - 2]
-        if order == swapped and isinstance(source, fx.Node) and source.target is reshaped_native:
+        source = node.args[0]
+        if _swaps_last(node) and isinstance(source, fx.Node) and source.target is reshaped_native:
             inner = _operand(source)
             return None if inner is None else inner.turned()
     source, copied = (node.args[0], True) if node.target is reshaped_native else (node, False)
@@ -102,21 +108,39 @@ def _operand(node: object) -> _Apart | None:
 
 
 def _result(node: fx.Node) -> tuple[_Apart, fx.Node] | None:
-    """The copy behind a product that nothing else reads: a reshape into more dims, these permuted, a reshape."""
-    chain = [node]
-    for target in ((aten.reshape.default,), (aten.permute.default,), (aten.reshape.default, reshaped_native)):
-        (user, *others) = (*chain[-1].users, None)[:2] if chain[-1].users else (None,)
-        if user is None or any(others) or user.target not in target or user.args[0] is not chain[-1]:
+    """The copy behind a product that nothing else reads: a reshape into more dims, these permuted, a reshape. Rows and
+    columns may be exchanged before."""
+    product = _sole_user(node, (aten.permute.default,))
+    turned = product is not None and _swaps_last(product)
+    chain = [product if turned and product is not None else node]
+    for targets in ((aten.reshape.default,), (aten.permute.default,), (aten.reshape.default, reshaped_native)):
+        user = _sole_user(chain[-1], targets)
+        if user is None:
             return None
         chain.append(user)
-    split, permuted, last = chain[1:]
-    sizes, dims = _sizes(node), _sizes(split)
+    product, split, permuted, last = chain
+    sizes, dims = _sizes(product), _sizes(split)
     if sizes is None or dims is None or _sizes(last) is None:
         return None
     groups = _grouped(dims, (math.prod(sizes[:-2]), *sizes[-2:]))
     if groups is None:
         return None
-    return _Apart(split, tuple(permuted.args[1]), groups, True), last  # type: ignore[arg-type]
+    out = _Apart(split, tuple(permuted.args[1]), groups, True)  # type: ignore[arg-type]
+    return out.renumbered() if turned else out, last
+
+
+def _sole_user(node: fx.Node, targets: tuple[object, ...]) -> fx.Node | None:
+    """The call of one of ``targets`` on ``node`` that alone reads it."""
+    (user, *others) = (*node.users, None)[:2] if node.users else (None,)
+    if user is None or any(others) or user.target not in targets or user.args[0] is not node:
+        return None
+    return user
+
+
+def _swaps_last(node: fx.Node) -> bool:
+    order = list(node.args[1])  # type: ignore[arg-type]
+    last = len(order) - 1
+    return last >= 1 and order == [*range(last - 1), last, last - 1]
 
 
 def _sizes(node: fx.Node) -> Sizes | None:

@@ -90,7 +90,14 @@ def two_widths(x: Tensor, member: Tensor) -> Tensor:
     return joined((cut(x).mT @ other) @ other.mT)
 
 
-@pytest.mark.parametrize(("function", "copies"), [(both_ways, 0), (read_elsewhere, 2), (two_widths, 0)])
+def turned_behind(x: Tensor, member: Tensor) -> Tensor:
+    """Rows and columns of the last product are exchanged before it is put together."""
+    return joined((member @ (cut(x).mT @ member).mT).mT)
+
+
+@pytest.mark.parametrize(
+    ("function", "copies"), [(both_ways, 0), (read_elsewhere, 2), (two_widths, 0), (turned_behind, 0)]
+)
 def test_windows_of_an_image_are_multiplied_where_they_lie(function: Any, copies: int) -> None:
     executable = lower(captured(function, (IMAGE, MEMBER)))
     names = [getattr(node.target, "__name__", "") for node in executable.module.graph.nodes]
