@@ -29,9 +29,13 @@ class Estimate:
 def estimate(losses: NDArray[np.float64], confidence: float, rate: bool = False) -> Estimate:
     """The estimate from independent samples.
 
-    Student's bound. For a ``rate`` of errors whose samples are all 0 or 1 it is that of Clopper and Pearson ("The use
-    of confidence or fiducial limits", Biometrika 1934): no error in n samples leaves a rate of 4.6/n possible at a
-    confidence of 99 %.
+    Student's bound with the term for skewness (Hall, "On the removal of skewness by transformation", JRSS B 1992), of
+    the samples and one more that is as large as the largest of them. A divergence is small for most samples and large
+    for the few near a decision, and how many of these there are is just what few samples do not tell: Student's bound
+    alone is exceeded several times as often as it says.
+
+    For a ``rate`` of errors whose samples are all 0 or 1 it is that of Clopper and Pearson ("The use of confidence or
+    fiducial limits", Biometrika 1934): no error in n samples leaves a rate of 4.6/n possible at a confidence of 99 %.
     """
     count = len(losses)
     mean, own = float(losses.mean()) if count else math.nan, typical(losses, rate)
@@ -39,8 +43,7 @@ def estimate(losses: NDArray[np.float64], confidence: float, rate: bool = False)
         return Estimate(mean, math.nan if math.isnan(mean) else math.inf, count, own)
     if rate and bool(np.isin(losses, (0.0, 1.0)).all()):
         return Estimate(mean, rate_bound(int(losses.sum()), count, confidence), count, own)
-    spread = float(losses.std(ddof=1)) / math.sqrt(count)
-    return Estimate(mean, mean + _student(confidence, count - 1) * spread, count, own)
+    return Estimate(mean, _mean_bound(np.append(losses, losses.max()), confidence), count, own)
 
 
 def typical(losses: NDArray[np.float64], rate: bool = False) -> float:
@@ -52,6 +55,16 @@ def typical(losses: NDArray[np.float64], rate: bool = False) -> float:
     if not losses.size:
         return math.nan
     return float(losses.mean() if rate else np.sqrt(np.maximum(losses, 0.0)).mean() ** 2)
+
+
+def _mean_bound(losses: NDArray[np.float64], confidence: float) -> float:
+    """A number that the mean of what ``losses`` are drawn from exceeds about as rarely as ``confidence`` says."""
+    count, mean, deviation = len(losses), float(losses.mean()), float(losses.std(ddof=1))
+    if deviation == 0.0:
+        return mean
+    skewness = max(float((((losses - mean) / deviation) ** 3).mean()), 0.0)
+    quantile = _student(confidence, count - 1)
+    return mean + (quantile + skewness * (2 * quantile**2 + 1) / (6 * math.sqrt(count))) * deviation / math.sqrt(count)
 
 
 def rate_bound(errors: int, count: int, confidence: float) -> float:
