@@ -7,11 +7,10 @@ key-value cache eviction rank by (Kim et al., "Learned Token Pruning", KDD 2022;
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.attention_scores import row_blocks, softmax_of
-from regraft.ir.ops.registry import Cost, register, traffic
+from regraft.ir.ops.attention_scores import one_product, row_blocks, softmax_of
+from regraft.ir.ops.registry import register
 
 
 def reference(
@@ -79,12 +78,4 @@ def _fake(
     return query.new_empty((query.shape[0], query.shape[1], key.shape[2]), dtype=wide)
 
 
-def cost(node: fx.Node) -> Cost:
-    """One matrix product: a kernel that does not hold all keys of a row takes a second one for its log-sum-exp."""
-    given = arguments(node)
-    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
-    keys = concrete(given["key"].meta["val"].shape[2])
-    return Cost(2.0 * batch * heads * length * keys * head_dim, traffic(node))
-
-
-attention_column_sums = register("attention_column_sums", _attention_column_sums, reference, cost)
+attention_column_sums = register("attention_column_sums", _attention_column_sums, reference, one_product)

@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.attention_scores import row_blocks, with_sinks
-from regraft.ir.ops.registry import Cost, register, traffic
+from regraft.ir.ops.attention_scores import one_product, row_blocks, with_sinks
+from regraft.ir.ops.registry import register
 
 _ARGUMENTS = (
     "(Tensor query, Tensor key, Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None, {sinks}*, float scale, "
@@ -133,13 +132,5 @@ def _max_fake(
     return query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-def cost(node: fx.Node) -> Cost:
-    """One matrix product."""
-    given = arguments(node)
-    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
-    keys = concrete(given["key"].meta["val"].shape[2])
-    return Cost(2.0 * batch * heads * length * keys * head_dim, traffic(node))
-
-
-attention_lse = register("attention_lse", _attention_lse, reference, cost)
-attention_max = register("attention_max", _attention_max, max_reference, cost)
+attention_lse = register("attention_lse", _attention_lse, reference, one_product)
+attention_max = register("attention_max", _attention_max, max_reference, one_product)

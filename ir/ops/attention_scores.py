@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from regraft.ir.mask import parse, to_broadcast
+from regraft.ir.nodes import arguments, concrete
+from regraft.ir.ops.registry import Cost, traffic
 
 _SCORES_AT_ONCE = 1 << 21
 
@@ -130,3 +132,12 @@ def softmax_of(scores: Tensor, sinks: Tensor | None, empty_rows: str) -> Tensor:
     if empty_rows == "zero" and sinks is None:
         weights = weights.masked_fill_((scores == -math.inf).all(-1, keepdim=True), 0.0)
     return weights
+
+
+def one_product(node: fx.Node) -> Cost:
+    """What reading the scores costs: one matrix product of queries and keys. A kernel that makes a second pass, or that
+    shares the product with an attention beside it, is not told apart."""
+    given = arguments(node)
+    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
+    keys = concrete(given["key"].meta["val"].shape[2])
+    return Cost(2.0 * batch * heads * length * keys * head_dim, traffic(node))

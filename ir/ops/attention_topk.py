@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.attention_scores import row_blocks
-from regraft.ir.ops.registry import Cost, register, traffic
+from regraft.ir.ops.attention_scores import one_product, row_blocks
+from regraft.ir.ops.registry import register
 
 
 def reference(
@@ -89,12 +88,4 @@ def _fake(
     return query.new_empty(sizes, dtype=wide), query.new_empty(sizes, dtype=torch.int64)
 
 
-def cost(node: fx.Node) -> Cost:
-    """One matrix product; attention beside it may share it."""
-    given = arguments(node)
-    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
-    keys = concrete(given["key"].meta["val"].shape[2])
-    return Cost(2.0 * batch * heads * length * keys * head_dim, traffic(node))
-
-
-attention_topk = register("attention_topk", _attention_topk, reference, cost)
+attention_topk = register("attention_topk", _attention_topk, reference, one_product)
