@@ -129,6 +129,11 @@ def concrete(size: Any) -> int:
     return int(size.node.shape_env.optimization_hint(size.node.expr) if known is None else known)
 
 
+def last_two_swapped(rank: int) -> list[int]:
+    """The order of dims of a transposed matrix, with leading dims or without."""
+    return [*range(rank - 2), rank - 1, rank - 2]
+
+
 @dataclass
 class Builder:
     """Inserts calls in front of ``before``; every new node carries its fake value.

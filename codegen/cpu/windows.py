@@ -16,6 +16,7 @@ from torch import fx
 
 from regraft.codegen.cpu.native.batched import BATCH, PAIR
 from regraft.codegen.cpu.native_operators import batched_native, reshaped_native, windows_native
+from regraft.ir.nodes import last_two_swapped
 
 aten = torch.ops.aten
 Sizes = tuple[int, ...]
@@ -139,8 +140,7 @@ def _sole_user(node: fx.Node, targets: tuple[object, ...]) -> fx.Node | None:
 
 def _swaps_last(node: fx.Node) -> bool:
     order = list(node.args[1])  # type: ignore[arg-type]
-    last = len(order) - 1
-    return last >= 1 and order == [*range(last - 1), last, last - 1]
+    return len(order) > 1 and order == last_two_swapped(len(order))
 
 
 def _sizes(node: fx.Node) -> Sizes | None:

@@ -10,7 +10,18 @@ import torch
 from torch import fx
 
 from regraft.ir.exactness import Exactness
-from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal, sizes_equal
+from regraft.ir.nodes import (
+    Builder,
+    arguments,
+    dtype,
+    is_call,
+    is_tensor,
+    last_two_swapped,
+    rank,
+    shape,
+    size_equal,
+    sizes_equal,
+)
 from regraft.ir.pattern import Call, add, linear, matmul, permute, reshape
 from regraft.ir.pattern import anything as any_argument
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
@@ -179,18 +190,16 @@ class TransposedProduct(Rule):
 
     def check(self, match: Match) -> Iterator[Requirement]:
         size = rank(match.product)
-        yield need(list(match.order) == _swapped(size), "other dims than the last two are swapped")
+        yield need(list(match.order) == last_two_swapped(size), "other dims than the last two are swapped")
         yield need(min(rank(match.left), rank(match.right)) >= 2 and size >= 3, "an operand has one dim")
         yield need(match.sole_user("product"), "the product is used as it is too", at=match.product)
         yield need(not _are_weights(match.left), "the left operand is a softmax, which stays there")
 
     def replace(self, match: Match, build: Builder) -> Replacement:
-        turned = (build.call(aten.permute.default, side, _swapped(rank(side))) for side in (match.right, match.left))
+        turned = (
+            build.call(aten.permute.default, side, last_two_swapped(rank(side))) for side in (match.right, match.left)
+        )
         return build.call(aten.matmul.default, *turned)
-
-
-def _swapped(size: int) -> list[int]:
-    return [*range(size - 2), size - 1, size - 2]
 
 
 @identity(aten.matmul.default, exactness=Exactness.REASSOCIATED)
@@ -201,7 +210,7 @@ def weights_first(node: fx.Node, build: Builder) -> fx.Node | None:
     if not is_call(right, (aten.permute.default,)) or rank(right) < 3 or rank(left) != rank(right):
         return None
     weights, order = right.args
-    if not _are_weights(weights) or list(order) != _swapped(rank(right)):
+    if not _are_weights(weights) or list(order) != last_two_swapped(rank(right)):
         return None
     turned = build.call(aten.permute.default, left, order)
     product = build.call(aten.matmul.default, weights, turned)
