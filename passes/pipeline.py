@@ -27,12 +27,12 @@ from regraft.passes.recognize.glu import RecognizeGlu, RecognizeTorchGlu
 from regraft.passes.recognize.layer_norm import RecognizeLayerNorm
 from regraft.passes.recognize.linear_scan import RecognizeLinearScan
 from regraft.passes.recognize.moe import RecognizeMoe
+from regraft.passes.recognize.moe_axis import RecognizeMoeAxis
 from regraft.passes.recognize.moe_left import DropCountChecks, ReportLeftExperts
 from regraft.passes.recognize.moe_loop import RecognizeMoeLoop
 from regraft.passes.recognize.rms_norm import RecognizeRmsNorm
 from regraft.passes.recognize.rms_norm_call import RecognizeRmsNormCall
-from regraft.passes.recognize.rms_norm_length import RecognizeRmsNormByLength
-from regraft.passes.recognize.rms_norm_unit import RecognizeRmsNormOfUnit
+from regraft.passes.recognize.rms_norm_length import RecognizeRmsNormByLength, RecognizeRmsNormOfUnit
 from regraft.passes.recognize.rope import RecognizeRope
 from regraft.passes.recognize.rope_complex import RecognizeRopeComplex
 from regraft.passes.recognize.rope_pairs import RecognizeRopePairs
@@ -66,6 +66,7 @@ class RecognizeBlocks(RulePass):
 
     rules: ClassVar[Sequence[Rule]] = (
         RecognizeMoe(),
+        RecognizeMoeAxis(),
         RecognizeMoeLoop(),
         RecognizeAttention(),
         RecognizeSdpa(),
