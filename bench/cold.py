@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.models import ROWS, Case
-from bench.peers import PEERS, build
+from bench.peers import FREED, PEERS, build
 from regraft.ir.memory import give_back
 
 PAGE = 4096
@@ -102,7 +102,7 @@ def main() -> int:
     """Read the row and the peer, measure, and print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("row", choices=list(ROWS))
-    parser.add_argument("peer", choices=list(PEERS))
+    parser.add_argument("peer", choices=[*PEERS, FREED])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--loaded", action="store_true", help="build a small layer before, so that code is loaded")
     options = parser.parse_args()

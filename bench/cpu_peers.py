@@ -3,8 +3,9 @@
     python -m bench.cpu_peers [--rows minilm-1x32 …] [--peers …] [--rounds 15] [--threads 2] [--json PATH]
 
 Times come from calls made in turn in this process. Cold compile seconds and memory come from a fresh process each,
-with empty compiler caches. Memory is also given without what a compiler's own code takes, and beside that of one call
-of the original model, which every compile that compares outputs makes.
+with empty compiler caches. Memory is given for `free_original=True`, where compiled code takes the place of the model,
+and for a model that stays beside it; for this also without what a compiler's own code takes, and beside that of one
+call of the original model, which every compile that compares outputs makes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.models import ROWS
-from bench.peers import PEERS, Built, build
+from bench.peers import FREED, PEERS, Built, build
 from bench.timing import time_in_turn, write_record
 
 COLD = ("torch.compile", "torch.compile max", "onnxruntime", "openvino", "regraft")
@@ -33,7 +34,7 @@ LOADED = ("eager", "regraft")
 """Those whose memory is also measured with their code loaded before."""
 
 
-MEMORY = ("peak_over_weights", "loaded_peak_over_weights", "eager_peak_over_weights")
+MEMORY = ("freed_peak_over_weights", "peak_over_weights", "loaded_peak_over_weights", "eager_peak_over_weights")
 """Keys of a row's record: highest memory as a multiple of the weights."""
 
 
@@ -54,6 +55,8 @@ def measure_row(row: str, peers: list[str], rounds: int, threads: int, cold: boo
             entry["cold"] = cold_build(row, name, threads)
         if cold and name in LOADED and name in times:
             entry["loaded"] = cold_build(row, name, threads, "--loaded")
+        if cold and name == "regraft":
+            entry["freed"] = cold_build(row, FREED, threads)
         record["peers"][name] = entry
     return record | summarize(record["peers"])
 
@@ -77,9 +80,13 @@ def summarize(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
         summary["compile_ratio"] = own_cold["seconds"] / peer_cold["seconds"]
     if "peak_over_weights" in own_cold:
         summary["peak_over_weights"] = own_cold["peak_over_weights"]
-    for name, key in (("regraft", "loaded_peak_over_weights"), ("eager", "eager_peak_over_weights")):
-        if "peak_over_weights" in entries.get(name, {}).get("loaded", {}):
-            summary[key] = entries[name]["loaded"]["peak_over_weights"]
+    for name, how, key in (
+        ("regraft", "freed", "freed_peak_over_weights"),
+        ("regraft", "loaded", "loaded_peak_over_weights"),
+        ("eager", "loaded", "eager_peak_over_weights"),
+    ):
+        if "peak_over_weights" in entries.get(name, {}).get(how, {}):
+            summary[key] = entries[name][how]["peak_over_weights"]
     return summary
 
 
@@ -120,7 +127,7 @@ def show(records: list[dict[str, Any]], peers: list[str], console: Console) -> N
         build_table.add_column(peer, justify="right")
     for heading in ("best peer", "best / regraft", "torch.compile / regraft"):
         speed.add_column(heading, justify="right")
-    for heading in ("regraft / torch.compile", "peak memory / weights", "code aside", "one eager call"):
+    for heading in ("regraft / torch.compile", "peak memory / weights, freed", "kept", "code aside", "one eager call"):
         build_table.add_column(heading, justify="right")
     for record in records:
         entries = record["peers"]

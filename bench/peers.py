@@ -100,6 +100,13 @@ def regraft(case: Case) -> Call:
     return _call(regraft_compile(case.module), case)
 
 
+def regraft_freed(case: Case) -> Call:
+    """The same for the inputs of the case alone, where compiled code takes the place of the model's weights."""
+    from regraft import compile as regraft_compile
+
+    return _call(regraft_compile(case.module, case.args, case.kwargs, free_original=True), case)
+
+
 PEERS: dict[str, Callable[[Case], Call]] = {
     "eager": eager,
     "torch.compile": torch_compile,
@@ -110,6 +117,9 @@ PEERS: dict[str, Callable[[Case], Call]] = {
 }
 """Every peer, regraft included, by the name that the table shows."""
 
+FREED = "regraft freed"
+"""What is measured for its memory alone: the case's module has no weights afterwards."""
+
 
 def build(name: str, case: Case, compare: bool = True) -> Built:
     """Build one peer, run it once, and compare its output with eager's.
@@ -119,7 +129,7 @@ def build(name: str, case: Case, compare: bool = True) -> Built:
     start = time.perf_counter()
     try:
         with torch.no_grad(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            call = PEERS[name](case)
+            call = regraft_freed(case) if name == FREED else PEERS[name](case)
             output = call()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]

@@ -8,11 +8,11 @@ are replaced: a failing one is taken back by erasing the new nodes, and recorded
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from regraft.ir.matcher import Matcher, Partial
 from regraft.ir.nodes import Builder, user_line
@@ -59,6 +59,8 @@ class Session:
     tuning: bytes = b""
     #: Whether the lowering may measure what it finds no decision for on a GPU: not where an artifact is loaded.
     measures: bool = True
+    #: Hears of each weight of the model that compiled code will not read, as soon as its packed copy is made.
+    read_last: Callable[[Tensor], None] | None = None
     #: What was checked so far, in all passes.
     checked: Checked = field(default_factory=Checked)
     applied: int = 0

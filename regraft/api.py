@@ -107,7 +107,7 @@ def compile(
     chosen = toolchain or (Toolchain() if placement is None else Toolchain(pipeline=placement.pipeline))
     options = Options(
         lowered_for, dynamic, verify, toolchain=chosen, experts=placement, spending=spending, unpad=_unpadding(unpad),
-        cuda_graphs=cuda_graphs,
+        cuda_graphs=cuda_graphs, free_original=free_original,
     )  # fmt: skip
     compiled = CompiledModule(model, options, _report(type(model).__name__, options.target))
     if _rehearses(model, options.target):

@@ -70,7 +70,7 @@ def _default_lower(program: Program, session: Session) -> Executable:
 
     tuner = Tuner()
     tuner.remember(session.tuning)
-    return lower(program, tuner)
+    return lower(program, tuner, session.read_last)
 
 
 @dataclass(frozen=True)
@@ -225,19 +225,21 @@ def build(
     toolchain: Toolchain,
     reference: Reference | None,
     together: Together | None = None,
+    read_last: Callable[[Tensor], None] | None = None,
 ) -> Build:
     """Rewrite and lower ``program``; ``reference`` is the original's output on the example inputs, None for a lossy
-    program, which is not compared as a whole. Where checks stood for others and the whole is off, all is done once more
-    with every check computed.
+    program, which is not compared as a whole; ``read_last`` is the lowering's. Where checks stood for others and the
+    whole is off, all is done once more with every check computed.
 
     One rank's program is compared with the original only where its ranks compile it ``together``: each on its own
     example, and the drift is that of the worst. Raises whatever a pass or the lowering raises, and ``PeerError``.
     """
     before = program.copy()
-    made = _build(program, before, target, Session(verify=verify, target=target), toolchain, reference, together)
+    session = Session(verify=verify, target=target, read_last=read_last)
+    made = _build(program, before, target, session, toolchain, reference, together)
     if made.repetitions and not made.accepted and together is None:
         _LOG.warning("the compiled output is off, and some checks stood for others: compiling again, computing all")
-        session = Session(verify=verify, target=target, checked=Checked(reused=False))
+        session = Session(verify=verify, target=target, checked=Checked(reused=False), read_last=read_last)
         made = _build(before.copy(), before, target, session, toolchain, reference, None)
     return made
 

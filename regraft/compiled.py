@@ -9,7 +9,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from regraft.ir.capture import capture
 from regraft.ir.capture_error import first_line
 from regraft.ir.memory import no_cycle_search
 from regraft.kernels import notes_of
+from regraft.parking import Parking, empty
 from regraft.reference import Reference
 from regraft.stand_in import StandIn
 from regraft.watch import WeightWatch
@@ -57,6 +59,7 @@ class Options:
     spending: Spending | None = None
     unpad: Callable[..., str] | None = None
     cuda_graphs: bool = False
+    free_original: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -101,6 +104,7 @@ class CompiledModule(StandIn):
         self._lock = threading.RLock()
         self._clock = itertools.count(1)
         self._watch: WeightWatch | None = None
+        self._parking: Parking | None = None
         self._told: set[str] = set()
         self._met = False  # whether the ranks have compiled together
         self._restless = 0  # compilations in a row that were of use for a few calls only
@@ -152,10 +156,26 @@ class CompiledModule(StandIn):
             structure, leaves = flatten_call(args, kwargs)
         except UnsupportedInput as error:
             raise CaptureError(f"{error}; give such inputs instead") from error
-        with self._lock:
-            self._compile(
-                key_of(structure, leaves, self._by_strides), args, dict(sorted(kwargs.items())), self._options.dynamic
-            )
+        key = key_of(structure, leaves, self._by_strides)
+        with self._lock, self._parked():
+            self._compile(key, args, dict(sorted(kwargs.items())), self._options.dynamic)
+
+    @contextmanager
+    def _parked(self) -> Iterator[None]:
+        """Weights of a model that is to be let go of give way to their packed copies; all come back where nothing was
+        compiled."""
+        if self._options.free_original and self.original is not None:
+            self._parking = Parking(self.original)
+        try:
+            yield
+        finally:
+            if self._parking is not None:
+                if self._parking.refused:
+                    self._event("memory", self._parking.refused)
+                if not self._entries:
+                    self._parking.take_back()
+                self._parking.close()
+                self._parking = None
 
     def install(self, entry: Entry) -> None:
         """Take over an entry that was compiled elsewhere (an artifact's)."""
@@ -174,12 +194,7 @@ class CompiledModule(StandIn):
                 "free_original needs compiled code, and nothing is compiled yet; give example inputs to compile()"
             )
         kept = {id(buffer) for entry in self._entries for buffer in entry.mutated}
-        for part in self.original.modules():
-            both: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-            for held in both:
-                for name, value in held.items():
-                    if value is not None and id(value) not in kept:
-                        held[name] = _empty_like(value)
+        empty(self.original, kept)
         for entry in self._entries:
             stored = entry.program.weights.originals
             entry.program.weights.originals = {n: t for n, t in stored.items() if id(t) in kept}
@@ -298,6 +313,7 @@ class CompiledModule(StandIn):
                 self._options.toolchain,
                 reference,
                 together,
+                None if self._parking is None else self._parking.park,
             )
         except RegraftError:
             raise
@@ -437,8 +453,3 @@ class CompiledModule(StandIn):
             for entry in self._entries:
                 twin.install(copied_entry(entry, self._options.toolchain, self._options.target, memo))
         return twin
-
-
-def _empty_like(value: Tensor) -> Tensor:
-    empty = torch.empty(0, dtype=value.dtype, device=value.device)
-    return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty

@@ -51,6 +51,12 @@ class Emitter:
             self._bound[id(value)] = self.graph.get_attr(name)
         return self._bound[id(value)]
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the module that runs the graph reads the memory of ``tensor`` itself."""
+        memory = tensor.untyped_storage().data_ptr()
+        bound = (value for value in self._keep if isinstance(value, Tensor) and value.layout is torch.strided)
+        return any(value.untyped_storage().data_ptr() == memory for value in bound)
+
     def shared(self, key: Any, make: Callable[[], Any]) -> Any:
         """What several sites need (a mask, a packed weight): made at the first, found by ``key`` at the others."""
         if key not in self._shared:

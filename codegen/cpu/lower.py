@@ -20,6 +20,7 @@ from regraft.codegen.cpu.attention_native import lower_lse
 from regraft.codegen.cpu.attention_packed import lower_packed
 from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.executable import Executable
+from regraft.codegen.cpu.last_reads import LastReads, ReadLast
 from regraft.codegen.cpu.linear import lower_linear
 from regraft.codegen.cpu.moe import pack_moe, run_moe
 from regraft.codegen.cpu.native.experts import PackedExperts
@@ -74,8 +75,9 @@ LOWERINGS: dict[Any, Lowering] = {
 _BUILT_FOR = {ops.moe: EXPERTS, ops.merge_tokens: TOKENS, ops.linear_scan: TOKENS}
 
 
-def lower(program: Program, tuner: Tuner | None = None) -> Executable:
-    """The program as an executable for the CPU. ``tuner`` carries decisions that were measured before."""
+def lower(program: Program, tuner: Tuner | None = None, read_last: ReadLast | None = None) -> Executable:
+    """The program as an executable for the CPU. ``tuner`` carries decisions that were measured before; ``read_last``
+    hears of each weight of the model when the last call that reads it is lowered, and compiled code does not."""
     for target in {node.target for node in program.graph.nodes} & _BUILT_FOR.keys():
         _BUILT_FOR[target].start()
     tuner = tuner or Tuner()
@@ -87,13 +89,16 @@ def lower(program: Program, tuner: Tuner | None = None) -> Executable:
         context.values[node] = Lowered(full=placeholder)
     regions = row_regions(program)
     context.lower_alone = lambda node: _lower_alone(context, node, tuner)
+    reads = None if read_last is None else LastReads(program, read_last)
     for step in in_order(program, regions):
         if isinstance(step, fx.Node):
             _lower_alone(context, step, tuner)
-            continue
-        for node, made in lower_region(context, step).items():
-            context.values[node] = made
-            _stamp(context, node, made)
+        else:
+            for node, made in lower_region(context, step).items():
+                context.values[node] = made
+                _stamp(context, node, made)
+        if reads is not None:
+            reads.lowered(context, (step,) if isinstance(step, fx.Node) else step.nodes)
     outputs = fx.map_arg(program.output_node.args[0], context.value)
     context.graph.output(outputs)
     multiply_in_place(context.graph)
