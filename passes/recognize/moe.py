@@ -123,7 +123,9 @@ def _step(walk: _Walk) -> bool:
 
 def _weighs(factor: Any, value: Any) -> bool:
     """Whether ``factor`` is one number for each row of ``value``."""
-    if not is_tensor(factor) or not is_tensor(value) or shape(factor)[-1:] != (1,) or shape(value)[-1] == 1:
+    if not is_tensor(factor) or not is_tensor(value) or not rank(factor):
+        return False
+    if not size_equal(shape(factor)[-1], 1) or size_equal(shape(value)[-1], 1):
         return False
     if rank(value) == 2 and free_unbacked_symbols(shape(value)[0]):  # joined pieces: there are as many as pairs
         return rank(factor) == 2

@@ -9,12 +9,21 @@ import torch
 from torch import fx
 
 from regraft.ir import ops
-from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal
+from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal, sizes_equal
 from regraft.ir.ops.activation import activation_name
 from regraft.ir.ops.moe import moe
 
 aten = torch.ops.aten
 
+#: Makers of tensors of one number, which read no more than a shape.
+_FILLED = (
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -55,12 +64,13 @@ class Projection:
 
 @dataclass(frozen=True)
 class Experts:
-    """Routed experts in normal form. ``index`` and ``weight`` are reshaped to ``[tokens, top_k]`` where they
-    are not; ``hidden`` is cast to ``cast`` first."""
+    """Routed experts in normal form. ``hidden`` is cast to ``cast`` first, and its leading dims are one; ``index`` and
+    ``weight`` are reshaped to ``[tokens, top_k]`` where they are not. ``weight`` None is one for each; with ``table``
+    it is the weight of every expert, of which the index names those that are not zero."""
 
     hidden: fx.Node
     index: fx.Node
-    weight: fx.Node
+    weight: fx.Node | None
     top_k: int
     gate: Gate
     first: Projection
@@ -68,6 +78,7 @@ class Experts:
     up: Projection | None = None
     cast: torch.dtype | None = None
     base: fx.Node | None = None
+    table: bool = False
 
 
 def float_source(node: fx.Node) -> fx.Node:
@@ -180,13 +191,15 @@ def build_experts(build: Builder, root: fx.Node, experts: Experts) -> fx.Node:
     hidden = experts.hidden
     if experts.cast is not None and experts.cast != dtype(hidden):
         hidden = build.call(aten.to.dtype, hidden, experts.cast)
+    if rank(hidden) != 2:
+        hidden = build.call(aten.reshape.default, hidden, [-1, shape(hidden)[-1]])
     tokens = build.size(hidden, 0)
     up = experts.up
     node = build.call(
         moe,
         hidden,
         _two_dims(build, experts.index, tokens, experts.top_k),
-        _two_dims(build, experts.weight, tokens, experts.top_k),
+        _weight(build, experts, hidden, tokens),
         experts.first.weight,
         experts.down.weight,
         None if up is None else up.weight,
@@ -202,7 +215,46 @@ def build_experts(build: Builder, root: fx.Node, experts: Experts) -> fx.Node:
     )
     if dtype(node) != dtype(root):
         node = build.call(aten.to.dtype, node, dtype(root))
+    if not sizes_equal(shape(node), shape(root)):
+        node = build.call(aten.reshape.default, node, build.sizes(root))
     return node if experts.base is None else build.call(aten.add.Tensor, experts.base, node)
+
+
+def _weight(build: Builder, experts: Experts, hidden: fx.Node, tokens: Any) -> fx.Node:
+    """The routing weights ``[tokens, top_k]``."""
+    weight, index = experts.weight, experts.index
+    if weight is None:
+        return build.call(aten.new_ones.default, hidden, [tokens, experts.top_k])
+    if experts.table:
+        named = index if rank(index) == rank(weight) else build.call(aten.unsqueeze.default, index, -1)
+        weight = build.call(aten.gather.default, _rebuilt(build, weight, index, {}), -1, named)
+    return _two_dims(build, weight, tokens, experts.top_k)
+
+
+def _rebuilt(build: Builder, table: fx.Node, index: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The table made anew from the index: a rewrite is checked on random values of what it reads, and only the table's
+    own nodes keep its zeros where they are."""
+    if table is index or not (is_call(table, _FILLED) or _reads(table, index)):
+        return table
+    if table not in known:
+        args = fx.map_arg(table.args, lambda node: _rebuilt(build, node, index, known))
+        kwargs = fx.map_arg(table.kwargs, lambda node: _rebuilt(build, node, index, known))
+        known[table] = build.call(table.target, *args, **kwargs)  # type: ignore[arg-type]
+    return known[table]
+
+
+def _reads(node: fx.Node, source: fx.Node) -> bool:
+    seen, pending = {node}, [node]
+    while pending:
+        one = pending.pop()
+        if one is source:
+            return True
+        if one < source:  # comes before it in the graph
+            continue
+        fresh = [operand for operand in one.all_input_nodes if operand not in seen]
+        seen.update(fresh)
+        pending += fresh
+    return False
 
 
 def _two_dims(build: Builder, node: fx.Node, tokens: Any, top_k: int) -> fx.Node:

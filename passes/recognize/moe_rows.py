@@ -56,13 +56,28 @@ def _counts_up(node: Any, like: fx.Node) -> bool:
     return given.get("start", 0) == 0 and given.get("step", 1) == 1 and size_equal(shape(node)[0], shape(like)[0])
 
 
+def counts_rows(node: fx.Node, index: fx.Node) -> bool:
+    """Whether a tensor ``[rows, 1]`` holds the number of each row of ``index``."""
+    source: Any = node
+    while is_call(source, (aten.unsqueeze.default, aten.reshape.default)):
+        source = source.args[0]
+    return rank(node) == 2 and size_equal(shape(node)[1], 1) and _counts_up(source, index)
+
+
 def _descending(order: fx.Node) -> bool:
     return bool(arguments(order).get("descending", False))
 
 
 def distinct(index: Any) -> bool:
     """Whether no token names an expert twice: a ``scatter`` keeps one of two, a sum both."""
-    return is_call(index, (operator.getitem,)) and is_call(index.args[0], (aten.topk.default,))
+    while is_call(index, (aten.slice.Tensor, aten.unsqueeze.default, aten.to.dtype)):
+        index = index.args[0]
+    if is_call(index, (operator.getitem,)) and index.args[1] == 1:
+        index = index.args[0]
+        found = is_call(index, (aten.topk.default, aten.max.dim, *_SORTS))
+    else:
+        found = is_call(index, (aten.argmax.default, aten.argsort.default, aten.argsort.stable))
+    return found and arguments(index)["dim"] in (-1, rank(index.args[0]) - 1)
 
 
 def picked(node: Any) -> tuple[fx.Node, Any] | None:

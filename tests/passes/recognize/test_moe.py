@@ -17,13 +17,14 @@ from regraft.ir.program import Program
 from regraft.ir.rule import Example, Rule
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.recognize.moe import RecognizeMoe
+from regraft.passes.recognize.moe_axis import RecognizeMoeAxis
 from regraft.passes.recognize.moe_left import DropCountChecks, ReportLeftExperts
 from regraft.passes.recognize.moe_loop import RecognizeMoeLoop
 from regraft.passes.recognize.moe_loop_examples import LOOPS, Block, all_tokens
 from regraft.passes.recognize.moe_pieces_examples import whole_experts
 from tests.support import apply, captured, run
 
-RULES: tuple[Rule, ...] = (RecognizeMoe(), RecognizeMoeLoop())
+RULES: tuple[Rule, ...] = (RecognizeMoe(), RecognizeMoeAxis(), RecognizeMoeLoop())
 EXAMPLES = [(rule, example) for rule in RULES for example in rule.examples]
 NEAR_MISSES = [(rule, example) for rule in RULES for example in rule.near_misses]
 
