@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from regraft.codegen.cpu.attention_blocks import blocks_can, lower_blocks
 from regraft.codegen.cpu.attention_measured import measurable, sample, shape_of
 from regraft.codegen.cpu.attention_native import lower_native, lower_native_map, native_can, native_can_map
+from regraft.codegen.cpu.attention_reversed import lower_reversed
 from regraft.codegen.cpu.attention_sdpa import has_flag, lower_reference, lower_sdpa, sdpa_can
 from regraft.codegen.cpu.context import Context
 from regraft.codegen.cpu.tuning import Tuner
-from regraft.ir.nodes import arguments
+from regraft.ir.nodes import arguments, dtype
 
 
 def lower_attention(context: Context, node: fx.Node, tuner: Tuner) -> fx.Node:
-    """Emit one attention site; what cannot be measured runs the native kernel. What that cannot compute runs PyTorch's,
-    in blocks of rows where a mask of all scores would be large, and what neither can express the definition."""
+    """Emit one attention site by what is measured to be faster there, the native kernel or PyTorch's. A mask of all
+    scores is not made for PyTorch's where the native kernel or blocks of rows need none: memory would grow with the
+    square of the lengths. What neither can express runs the definition."""
     given = arguments(node)
-    native, sdpa = native_can(given), sdpa_can(given)
-    if native and sdpa and measurable(context, given):
-        form = shape_of(context, given)
-        native = tuner.choose_attention(form, lambda: sample(context, given, form)) == "native"
-    if native:
+    sdpa, blocks = sdpa_can(given), blocks_can(context, given)
+    large = given["bias"] is None and not has_flag(given)  # the mask that PyTorch's kernel would need
+    other = "blocks" if blocks and (large or not sdpa) else "sdpa" if sdpa else "definition"
+    if native_can(given) and _is_native(context, given, tuner, other):
         return lower_native(context, given)
-    if not (sdpa and has_flag(given)) and blocks_can(context, given):
+    if other == "blocks":
         return lower_blocks(context, given)
-    return lower_sdpa(context, given) if sdpa else lower_reference(context, given)
+    return lower_sdpa(context, given) if other == "sdpa" else lower_reference(context, given)
+
+
+def _is_native(context: Context, given: dict[str, Any], tuner: Tuner, other: str) -> bool:
+    """Whether the native kernel, which can, is to run a site rather than the ``other``: blocks of a plain softmax may
+    only be faster in the low precision that a processor computes in."""
+    plain = all(given[name] is None for name in ("bias", "slopes", "sinks")) and not given["softcap"]
+    narrow = plain and dtype(given["query"]) != torch.float32
+    if not (other == "sdpa" or (other == "blocks" and narrow)) or not measurable(context, given):
+        return True
+    form = shape_of(context, given)
+    return tuner.choose_attention(form, lambda: sample(context, given, form, other)) == "native"
 
 
 def lower_mapped(context: Context, node: fx.Node) -> fx.Node | None:
     """Emit one site of ``regraft::attention_mapped``; None where its definition is to run."""
     given = arguments(node)
+    reversed_site = lower_reversed(context, given)
+    if reversed_site is not None:
+        return reversed_site
     if native_can_map(context, given):
         return lower_native_map(context, given)
     return lower_blocks(context, given) if blocks_can(context, given) else None

@@ -6,9 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from regraft.codegen.cpu.native import attention, batched, copy, experts, fused, linear, rowwise, tokens
+from regraft.codegen.cpu.native import (
+    attention,
+    batched,
+    copy,
+    experts,
+    fused,
+    linear,
+    reversed_attention,
+    rowwise,
+    tokens,
+)
 from regraft.codegen.cpu.native.call import NativeCall
-from regraft.codegen.cpu.native.kernels import EXPERTS, FUSED, NATIVE, TOKENS
+from regraft.codegen.cpu.native.kernels import EXPERTS, FUSED, NATIVE, REVERSED, TOKENS
 from regraft.codegen.cpu.native.library import NativeLibrary
 
 Describe = Callable[..., NativeCall]
@@ -59,3 +69,4 @@ fused_native = _operator("fused_native", fused.fused, FUSED)
 batched_native = _operator("batched_native", batched.batched, FUSED)
 windows_native = _operator("windows_native", batched.windows, FUSED)
 reshaped_native = _operator("reshaped_native", copy.reshaped, FUSED)
+reversed_native = _operator("reversed_native", reversed_attention.reverse, REVERSED)

@@ -16,6 +16,7 @@ from regraft.codegen.cpu.native import (
     linear,
     mask,
     panels,
+    reversed_attention,
     rowwise,
     tape,
     tokens,
@@ -42,3 +43,4 @@ NATIVE = NativeLibrary(("product.cpp", "attention.cpp", "mask.cpp", "rowwise.cpp
 EXPERTS = NativeLibrary(("experts.cpp",), _declared(experts), NATIVE)
 TOKENS = NativeLibrary(("tokens.cpp",), _declared(tokens), NATIVE)
 FUSED = NativeLibrary(("fused.cpp", "batched.cpp", "copy.cpp"), _declared(fused, batched, copy), NATIVE)
+REVERSED = NativeLibrary(("reversed_attention.cpp",), _declared(reversed_attention), NATIVE)
