@@ -14,6 +14,7 @@ from regraft.passes.fuse.convolution import FoldNormIntoLast, FoldNormIntoNext, 
 from regraft.passes.fuse.dead_output import DropUnreadColumns, DropUnreadRows
 from regraft.passes.fuse.fold_constants import FoldConstants
 from regraft.passes.fuse.linear_epilogue import LinearActivation, LinearResidual
+from regraft.passes.fuse.linear_rows import LinearOfAllRows
 from regraft.passes.fuse.merge_linears import MergeLinears
 from regraft.passes.fuse.residual_norm import FuseResidualNorm
 from regraft.passes.recognize.activation import RecognizeQuickGelu, RecognizeReluSquared, RecognizeSilu
@@ -97,14 +98,19 @@ class FoldConvolutions(RulePass):
 class FuseLinears(RulePass):
     """Linear layers of one input merged, epilogues joined to the layer before them."""
 
-    rules: ClassVar[Sequence[Rule]] = (LinearActivation(), LinearResidual(), MergeLinears())
+    rules: ClassVar[Sequence[Rule]] = (LinearActivation(), LinearResidual(), LinearOfAllRows(), MergeLinears())
 
 
 @dataclass(frozen=True)
 class FuseLinearsOnCpu(RulePass):
     """The same for a CPU, where a merged gate and up projection was measured to lose."""
 
-    rules: ClassVar[Sequence[Rule]] = (LinearActivation(), LinearResidual(), MergeLinears(merge_gates=False))
+    rules: ClassVar[Sequence[Rule]] = (
+        LinearActivation(),
+        LinearResidual(),
+        LinearOfAllRows(),
+        MergeLinears(merge_gates=False),
+    )
 
 
 @dataclass(frozen=True)

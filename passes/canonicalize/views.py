@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from regraft.ir.nodes import Builder, arguments, is_tensor, rank, shape, size_equal, sizes_equal
+from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal, sizes_equal
 from regraft.passes.canonicalize.identity import identity
 
 aten = torch.ops.aten
@@ -234,6 +234,63 @@ def slice_of_slice(node: fx.Node, build: Builder) -> fx.Node | None:
     return build.call(aten.slice.Tensor, x.args[0], node.args[1], base + start, base + end)  # type: ignore[operator]
 
 
+@identity(aten.slice.Tensor)
+def slice_of_concatenation(node: fx.Node, build: Builder) -> fx.Node | None:
+    """A slice of a concatenation that lies in one of the parts is a slice of that part."""
+    cut = _cut(node)
+    if cut is None or cut[0].target is not aten.cat.default:
+        return None
+    x, dim, start, end = cut
+    given = arguments(x)
+    parts = given["tensors"]
+    if _negative(given["dim"], x) != dim or not _like(parts, node):
+        return None
+    place = 0
+    for part in parts:
+        extent = shape(part)[dim]
+        if not isinstance(extent, int):
+            return None
+        if place <= start and end <= place + extent:
+            return build.call(aten.slice.Tensor, part, dim, start - place, end - place)
+        place += extent
+    return None
+
+
+def _like(parts: Any, whole: fx.Node) -> bool:
+    """Whether parts of a concatenation are of its rank and type: others are left out of it, or converted."""
+    return all(rank(part) == rank(whole) and dtype(part) == dtype(whole) for part in parts)
+
+
+@identity(aten.slice.Tensor)
+def slice_of_gathered_rows(node: fx.Node, build: Builder) -> fx.Node | None:
+    """Some columns of gathered rows are gathered rows of some columns, where nothing else of them is read, and nothing
+    twice: what was joined to be gathered together need not be joined."""
+    cut = _cut(node)
+    if cut is None or cut[0].target is not aten.gather.default:
+        return None
+    x, dim, start, end = cut
+    given = arguments(x)
+    source, index, extent = given["self"], given["index"], shape(x)[dim]
+    if _negative(given["dim"], x) == dim or not is_call(index, (aten.expand.default,)) or not isinstance(extent, int):
+        return None
+    numbers, read = index.args[0], [user for user in x.users if (_cut(user) or ())[:2] == (x, dim)]
+    whole = rank(numbers) == rank(index) and size_equal(shape(numbers)[dim], 1)
+    if not whole or len(read) < len(x.users) or sum(shape(user)[dim] for user in read) > extent:
+        return None
+    sizes = list(index.args[1])
+    sizes[dim] = shape(node)[dim]
+    rows = build.call(aten.slice.Tensor, source, dim, start, end)
+    return build.call(aten.gather.default, rows, given["dim"], build.call(aten.expand.default, numbers, sizes))
+
+
+def _cut(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+    """What a slice at numbers cuts, along which dim, from where to where."""
+    if node.target is not aten.slice.Tensor or len(node.args) != 4 or not isinstance(node.args[0], fx.Node):
+        return None
+    x, *numbers = node.args
+    return (x, *numbers) if all(isinstance(number, int) for number in numbers) else None  # type: ignore[return-value]
+
+
 SPELLINGS = (
     reshape_spelling,
     permute_spelling,
@@ -244,6 +301,12 @@ SPELLINGS = (
     unsqueeze_spelling,
     expand_spelling,
 )
-SIMPLIFICATIONS = (permute_of_permute, reshape_of_reshape, slice_of_slice)
+SIMPLIFICATIONS = (
+    permute_of_permute,
+    reshape_of_reshape,
+    slice_of_slice,
+    slice_of_concatenation,
+    slice_of_gathered_rows,
+)
 
 __all__ = ["SIMPLIFICATIONS", "SPELLINGS", "is_tensor", "sizes_of"]

@@ -19,10 +19,15 @@ aten = torch.ops.aten
 
 #: A wider product is cheaper only while the parts are narrow: merging a vocabulary-sized head gains nothing.
 _LARGEST_PART = 16384
+#: Columns of whole vectors: rows of a product that is wider by one would begin at any place in memory.
+_VECTOR = 16
 
 
 class MergeLinears(Rule):
     """linear(x, a), linear(x, b), … are slices of linear(x, concat(a, b, …)).
+
+    Layers of odd widths (a gate beside query, key and value) are merged among themselves: they would put the rows and
+    columns of the others out of line with vectors and cache lines.
 
     With ``merge_gates`` off, the two halves of a gated linear unit stay apart. Measured on two CPU cores, an 8-layer
     decoder is 5 % faster so: the gate's activation and the product then work in place on whole buffers.
@@ -96,9 +101,14 @@ def _siblings(match: Match, merge_gates: bool) -> list[fx.Node]:
             continue
         if not merge_gates and any(reader.target is ops.glu for reader in user.users):
             continue
-        if size_equal(shape(weight)[1], shape(rows)[1]) and concrete(shape(weight)[0]) <= _LARGEST_PART:
+        alike = size_equal(shape(weight)[1], shape(rows)[1]) and _in_line(weight) == _in_line(rows)
+        if alike and concrete(shape(weight)[0]) <= _LARGEST_PART:
             found.append(user)
     return found if match.root in found else []
+
+
+def _in_line(weight: fx.Node) -> bool:
+    return concrete(shape(weight)[0]) % _VECTOR == 0
 
 
 def _concat(names: list[str | None]) -> WeightOp:

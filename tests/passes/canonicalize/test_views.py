@@ -99,3 +99,33 @@ BATCH = (({0: torch.export.Dim("batch", min=2, max=64)},),)
 )
 def test_symbolic_sizes_survive(function: Callable[[Tensor], object], expected: str) -> None:
     assert canonical(function, X, dynamic=BATCH) == expected
+
+
+INDEX = torch.tensor([[0, 3, 5], [1, 1, 2]])
+COLUMNS: list[Case] = [
+    ("the first part", lambda x: torch.cat((x, x.sin()), -1)[..., :4].exp(), "exp(x0)"),
+    (
+        "inside the second part",
+        lambda x: torch.cat((x.exp(), x), 1)[:, 7:9].sin(),
+        "slice.Tensor(x0, -2, 1, 3); sin(0)",
+    ),
+    ("across the seam", lambda x: torch.cat((x, x), -1)[..., 3:5], "cat([x0, x0], -1); slice.Tensor(0, -1, 3, 5)"),
+    (
+        "rows gathered together, and parted",
+        lambda x: torch.cat((x, x[..., :1]), -1).gather(1, INDEX[..., None].expand(-1, -1, 5)).split((4, 1), -1),
+        "slice.Tensor(x0, -1, 0, 1); unsqueeze(w0, -1); expand(1, [2, 3, 4]); gather(x0, 1, 2); gather(0, 1, 1)",
+    ),
+    (
+        "columns that are gathered and read twice",
+        lambda x: [x.gather(1, INDEX[..., None].expand(-1, -1, 4))[..., at:] for at in (1, 2)],
+        "unsqueeze(w0, -1); expand(0, [2, 3, 4]); gather(x0, 1, 1); "
+        "slice.Tensor(2, -1, 1, 4); slice.Tensor(2, -1, 2, 4)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "expected"), [pytest.param(f, text, id=name) for name, f, text in COLUMNS])
+def test_parts_are_read_where_they_were_before_they_were_joined(
+    function: Callable[[Tensor], object], expected: str
+) -> None:
+    assert canonical(function, X) == expected

@@ -17,6 +17,7 @@ from regraft.ir.rule import Rule
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.fuse.dead_output import DropUnreadColumns, DropUnreadRows
 from regraft.passes.fuse.linear_epilogue import LinearActivation, LinearResidual
+from regraft.passes.fuse.linear_rows import LinearOfAllRows
 from regraft.passes.fuse.merge_linears import MergeLinears
 from tests.ir.graphs import numbers
 from tests.passes.canonicalize.support import form
@@ -70,6 +71,59 @@ def test_layers_without_any_bias_get_none() -> None:
 def test_layers_of_different_inputs_stay_apart() -> None:
     _, session = rewritten(lambda m, x: (m.a(x), m.b(x + 1)), MergeLinears())
     assert session.applied == 0
+
+
+def weights(*rows: int) -> tuple[Tensor, ...]:
+    return tuple(numbers(size, 8) for size in rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "merged"),
+    [
+        pytest.param((16, 16, 1), [(32, 8)], id="a gate stays beside query and key"),
+        pytest.param((16, 1, 3), [(4, 8)], id="gates are merged among themselves"),
+        pytest.param((16, 3, 32, 5), [(8, 8), (48, 8)], id="each with its like"),
+    ],
+)
+def test_layers_of_odd_widths_do_not_part_the_others_from_whole_vectors(
+    rows: tuple[int, ...], merged: list[tuple[int, int]]
+) -> None:
+    tensors = nn.ParameterList([nn.Parameter(weight) for weight in weights(*rows)])
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = tensors
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(F.linear(x, weight) for weight in self.weights)
+
+    program = captured(Parts(), (X,))
+    apply(program, (MergeLinears(),))
+    derived = [tuple(program.weights.get(name).shape) for name in program.weights.derived]
+    assert sorted(derived) == merged
+
+
+@pytest.mark.parametrize(
+    ("function", "layers"),
+    [
+        pytest.param(lambda m, x: (m.a(x[:, :-1]), m.b(x[:, 1:])), 1, id="each row beside the next"),
+        pytest.param(lambda m, x: (m.a(x[:, 1:]), m.b(x)), 1, id="all rows but one, and all"),
+        pytest.param(lambda m, x: m.a(x[:, 1:]), 1, id="one layer alone"),
+        pytest.param(lambda m, x: (m.a(x[:, 5:]), m.b(x)), 2, id="few enough rows to be worth a slice"),
+        pytest.param(lambda m, x: (m.a(x[:, :32]), m.b(x[:, 32:])), 2, id="each row once"),
+    ],
+)
+def test_layers_of_nearly_all_rows_are_merged(function: Callable[..., Any], layers: int) -> None:
+    model, x = Layers(function), numbers(2, 64, 8)
+    program = captured(model, (x,))
+    session = apply(program, (LinearOfAllRows(), MergeLinears()))
+    DropDeadCode().run(program, session)
+    products = [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
+    assert len(products) == layers
+    assert (products[0].meta["val"].shape[1] == 64) == (layers == 1 and len(tree_leaves(model(x))) > 1)
+    for result, expected in zip(tree_leaves(run(program, (x,))), tree_leaves(model(x)), strict=True):
+        torch.testing.assert_close(result, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", [F.gelu, F.silu, F.relu, torch.sigmoid, torch.tanh])
