@@ -60,7 +60,7 @@ class Session:
     #: Whether the lowering may measure what it finds no decision for on a GPU: not where an artifact is loaded.
     measures: bool = True
     #: Hears of each weight of the model that compiled code will not read, as soon as its packed copy is made.
-    read_last: Callable[[Tensor], None] | None = None
+    read_last: Callable[[Tensor], Any] | None = None
     #: What was checked so far, in all passes.
     checked: Checked = field(default_factory=Checked)
     applied: int = 0

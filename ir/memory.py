@@ -1,4 +1,4 @@
-"""Memory of the process: giving back what the C library keeps of freed tensors, and when to look for cycles."""
+"""Memory of the process: giving back what the C library keeps of freed tensors or a file holds, and cycles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import contextlib
 import ctypes
 import functools
 import gc
+import mmap
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4, which Python does not name
+_WORTH_IT = 1 << 19  # bytes
+_MAPPINGS = Path("/proc/self/maps")
 
 
 @functools.cache
@@ -24,6 +33,33 @@ def give_back() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def page_out(tensor: Tensor) -> bool:
+    """Where ``tensor`` is a view of a file, as a checkpoint that was mapped: ask the system to take its pages out of
+    memory until somebody reads them again, and return True. Pages that were written to stay. Small tensors are left."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.nbytes < _WORTH_IT:
+        return False
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    if not _in_a_file(start, end):
+        return False
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    advise = ctypes.CDLL(None).madvise
+    return bool(advise(ctypes.c_void_p(first), ctypes.c_size_t(max(last - first, 0)), _PAGE_OUT) == 0)
+
+
+def _in_a_file(start: int, end: int) -> bool:
+    """Whether these addresses lie in one mapping of a file."""
+    try:
+        mappings = _MAPPINGS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return False
+    for mapping in mappings:  # "start-end permissions offset device inode path"
+        place, _, _, _, inode, *_ = mapping.split(maxsplit=5)
+        low, high = (int(address, 16) for address in place.split("-"))
+        if low <= start and end <= high:
+            return inode != "0"
+    return False
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from regraft.errors import CaptureError
 from regraft.guard import SymbolicGuard, leaf_order
 from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
-from regraft.ir.memory import give_back, no_cycle_search
+from regraft.ir.memory import give_back, no_cycle_search, page_out
 from regraft.ir.ops.gather import collective_calls
 from regraft.ir.program import Program
 from regraft.ir.records import Log
@@ -225,11 +225,11 @@ def build(
     toolchain: Toolchain,
     reference: Reference | None,
     together: Together | None = None,
-    read_last: Callable[[Tensor], None] | None = None,
+    read_last: Callable[[Tensor], Any] = page_out,
 ) -> Build:
     """Rewrite and lower ``program``; ``reference`` is the original's output on the example inputs, None for a lossy
-    program, which is not compared as a whole; ``read_last`` is the lowering's. Where checks stood for others and the
-    whole is off, all is done once more with every check computed.
+    program, which is not compared as a whole; ``read_last`` is the lowering's, and lets go of memory. Where checks
+    stood for others and the whole is off, all is done once more with every check computed.
 
     One rank's program is compared with the original only where its ranks compile it ``together``: each on its own
     example, and the drift is that of the worst. Raises whatever a pass or the lowering raises, and ``PeerError``.
@@ -289,6 +289,8 @@ def _build(
             captured = before.user_outputs(_outputs(before, before.callable()))
             result.captured_drift, _ = _compare(captured, expected)
         phases["verification"] = seconds + time.perf_counter() - started
+        del expected, outputs, parts
+        give_back()  # the first call is next
     return result
 
 

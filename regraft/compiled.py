@@ -26,7 +26,7 @@ from regraft.gate import CAPTURE, gate_of
 from regraft.guard import UnsupportedInput, describe, describe_call, flatten_call, key_of
 from regraft.ir.capture import capture
 from regraft.ir.capture_error import first_line
-from regraft.ir.memory import no_cycle_search
+from regraft.ir.memory import no_cycle_search, page_out
 from regraft.kernels import notes_of
 from regraft.parking import Parking, empty
 from regraft.reference import Reference
@@ -313,7 +313,7 @@ class CompiledModule(StandIn):
                 self._options.toolchain,
                 reference,
                 together,
-                None if self._parking is None else self._parking.park,
+                page_out if self._parking is None else self._parking.park,
             )
         except RegraftError:
             raise

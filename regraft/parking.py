@@ -2,7 +2,8 @@
 
 A weight that was packed is not needed any more, unless the comparison fails: then the model must be what it was. So it
 is neither kept in memory beside its packed copy nor lost: it is written to a file without a name, and the model's
-tensor is a view of that file, which takes no memory until somebody reads it.
+tensor is a view of that file, which takes no memory until somebody reads it. One that is a view of a file already, as
+of a checkpoint that was mapped, needs no other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from regraft.ir.memory import give_back
+from regraft.ir.memory import give_back, page_out
 
 _WORTH_A_WRITE = 1 << 20  # bytes of a weight
 
@@ -38,7 +39,7 @@ class Parking:
 
     def park(self, tensor: Tensor) -> None:
         """Let the memory of ``tensor`` go, if it is the model's and large. Where it cannot be written it stays."""
-        if self.refused or id(tensor) not in self._own or id(tensor) in self._parked:
+        if page_out(tensor) or self.refused or id(tensor) not in self._own or id(tensor) in self._parked:
             return
         try:
             mapped = self._written(tensor)

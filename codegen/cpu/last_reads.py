@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -11,7 +12,7 @@ from regraft.codegen.cpu.context import Context
 from regraft.ir.program import Program
 
 #: Is called with a tensor of the model that compiled code will not read: its packed copy stands for it.
-ReadLast = Callable[[Tensor], None]
+ReadLast = Callable[[Tensor], Any]
 
 
 class LastReads:
