@@ -23,6 +23,7 @@ from regraft.ir.capture_dynamic import check_symbols, dynamic_shapes
 from regraft.ir.capture_error import CaptureError, first_line
 from regraft.ir.capture_hints import masks_as_given
 from regraft.ir.capture_imports import export_trace
+from regraft.ir.capture_negated import write_out_negated
 from regraft.ir.capture_regions import complete_values, inline_regions, must_decompose, refuse_left_over
 from regraft.ir.capture_speed import faster_export, resting_collector
 from regraft.ir.capture_state import ModelState, Notes, reads_layout, settle
@@ -92,6 +93,7 @@ def from_exported(exported: ExportedProgram, example: list[Any]) -> Program:
     inline_regions(program.module)
     refuse_left_over(program.module)
     complete_values(program.graph, program.fake_mode)
+    write_out_negated(program)
     return program
 
 
@@ -129,6 +131,7 @@ def _of_exported(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[
     inline_regions(copy.module)
     refuse_left_over(copy.module)
     complete_values(copy.graph, copy.fake_mode)
+    write_out_negated(copy)
     _refuse_training(copy.graph)
     return copy
 

@@ -38,6 +38,8 @@ class Program:
     ``in_spec`` is the pytree of ``(args, kwargs)``, ``out_spec`` that of the output. ``example`` holds the flat user
     inputs that the program was captured with; the verifier probes with them. ``reads_layout`` says that the model asked
     for the strides of tensors while it was captured, so that the program holds for inputs of these strides only.
+    ``conditions`` on symbolic sizes are those that a loaded program was saved with: a captured one has its own in the
+    shape environment (``ir/conditions.py``).
     """
 
     module: fx.GraphModule
@@ -48,6 +50,7 @@ class Program:
     example: list[Any]
     range_constraints: dict[Any, Any] = field(default_factory=dict)
     reads_layout: bool = False
+    conditions: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         self._weight_of: dict[str, str] = {
@@ -183,6 +186,7 @@ class Program:
             example=list(self.example),
             range_constraints=dict(self.range_constraints),
             reads_layout=self.reads_layout,
+            conditions=self.conditions,
         )
 
     @staticmethod

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from regraft.ir.conditions import conditions_of
 from regraft.ir.program import Program
 
 _SCALARS = frozenset(
@@ -36,7 +37,8 @@ _PLAIN = _SCALARS | _TENSORS
 
 
 class UnsupportedInput(TypeError):
-    """An input that no program can take: a tensor subclass, or an object that is not a pytree node."""
+    """An input that no program can take: a tensor subclass, a lazily negated or conjugated view, or an object that is
+    not a pytree node."""
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[Any]]:
@@ -52,14 +54,25 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashabl
         if type(leaf) not in _PLAIN:
             break
     else:
-        return (len(args), *kwargs), leaves
+        return (len(args), *kwargs), _written_out(leaves)
     leaves, spec = tree_flatten((args, kwargs))
     for leaf in leaves:
         if type(leaf) not in _PLAIN:
             raise UnsupportedInput(
                 f"an input is a {type(leaf).__name__}; tensors, numbers, strings, None and pytrees of them are compiled"
             )
-    return spec, leaves
+    return spec, _written_out(leaves)
+
+
+def _written_out(leaves: list[Any]) -> list[Any]:
+    """The leaves, all of whose values are what their memory holds."""
+    for leaf in leaves:
+        if type(leaf) in _TENSORS and (leaf.is_neg() or leaf.is_conj()):
+            raise UnsupportedInput(
+                "an input is a view of memory that holds its values negated or conjugated, and compiled code reads "
+                "memory; resolve_neg() and resolve_conj() write such a view out"
+            )
+    return leaves
 
 
 def key_of(structure: Hashable, leaves: list[Any], strides: bool = False) -> Hashable:
@@ -71,8 +84,14 @@ def key_of(structure: Hashable, leaves: list[Any], strides: bool = False) -> Has
             if strides and leaf.layout is torch.strided:
                 parts.append((leaf.stride(), leaf.storage_offset()))
         else:
-            parts.append((type(leaf), leaf))
+            parts.append((type(leaf), _exact(leaf)))
     return tuple(parts)
+
+
+def _exact(scalar: Any) -> Any:
+    """A scalar by what computing with it gives: 0.0 and -0.0 are equal and divide into opposite infinities, and NaN
+    equals nothing."""
+    return repr(scalar) if type(scalar) in (float, complex) else scalar
 
 
 def describe(leaves: Iterable[Any]) -> str:
@@ -114,10 +133,7 @@ class SymbolicGuard:
         self._example = program.example
         self._ranges = program.range_constraints
         self._reads_layout = program.reads_layout
-        shape_env = getattr(program.fake_mode, "shape_env", None)
-        settled = dict(getattr(shape_env, "replacements", {}))
-        guards = [guard.expr for guard in getattr(shape_env, "guards", ())]
-        self._conditions = [_settle(condition, settled) for condition in guards]
+        self._conditions = conditions_of(program)
 
     @property
     def symbolic(self) -> bool:
@@ -135,7 +151,7 @@ class SymbolicGuard:
         derived: list[tuple[Any, int]] = []
         for wanted, leaf, example in zip(self._wanted, leaves, self._example, strict=True):
             if not isinstance(wanted, Tensor):
-                if type(leaf) is not type(example) or leaf != example:
+                if type(leaf) is not type(example) or _exact(leaf) != _exact(example):
                     return False
             elif not isinstance(leaf, Tensor) or not self._fits_tensor(wanted, leaf, known, derived):
                 return False
@@ -184,16 +200,6 @@ def _solve(expression: Any, size: int, known: dict[Any, Any]) -> None:
             value = (sympy.Integer(size) - rest) / coefficient
             if value.is_Integer:
                 known[symbol] = value
-
-
-def _settle(condition: Any, settled: Mapping[Any, Any]) -> Any:
-    """``condition`` in the symbols that are left: export replaces one that equals a number or another symbol."""
-    for _ in range(len(settled)):
-        replaced = condition.xreplace(dict(settled))
-        if replaced == condition:
-            break
-        condition = replaced
-    return condition
 
 
 def _value(expression: Any, known: Mapping[Any, Any]) -> Any:

@@ -140,6 +140,7 @@ def _samples(tensors: list[Tensor]) -> list[list[Tensor]]:
             middle = tensor.detach()
             for size in tensor.shape:
                 middle = middle.select(0, size // 2)
+            middle = torch._neg_view(middle) if middle.is_neg() else middle  # the bits that are in memory
             kind = _BITS[tensor.element_size()]
             groups.setdefault(tensor.element_size(), []).append(middle.reshape(1).view(kind))
     return list(groups.values())

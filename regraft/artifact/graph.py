@@ -7,6 +7,7 @@ modules named in a tree's context. This format is data only::
     {"strings":  [text, …],                        stack traces and provenance, each once
      "symbols":  {name: {hint, range, positive, nonnegative}},
      "ranges":   [[expression, [lower, upper]], …],
+     "conditions": [expression, …],                what sizes must fulfil beside their ranges
      "nodes":    [[op, name, target, args, kwargs, fake value, metadata], …],
      "inputs":   [[kind, argument, weight name, persistent], …],
      "outputs":  [[kind, argument, buffer name], …],
@@ -36,6 +37,7 @@ from regraft.artifact.symbols import Symbols, describe, encode
 from regraft.artifact.targets import decode_target, encode_target, namespace_of
 from regraft.artifact.trees import decode_tree, encode_tree
 from regraft.artifact.values import decode_value, encode_value
+from regraft.ir.conditions import conditions_of
 from regraft.ir.program import Program
 from regraft.ir.weights import WeightStore
 
@@ -47,6 +49,9 @@ def encode_graph(program: Program) -> dict[str, Any]:
     symbols = set().union(*(symbols_of(node.meta.get("val")) for node in program.graph.nodes))
     for expression in program.range_constraints:
         symbols |= expression.free_symbols
+    conditions = conditions_of(program)
+    for condition in conditions:
+        symbols |= condition.free_symbols
     inputs, outputs = encode_signature(program.signature)
     shape_env = program.fake_mode.shape_env
     return {
@@ -56,6 +61,7 @@ def encode_graph(program: Program) -> dict[str, Any]:
             [encode(expression), [encode(limits.lower), encode(limits.upper)]]
             for expression, limits in program.range_constraints.items()
         ],
+        "conditions": [encode(condition) for condition in conditions],
         "nodes": nodes,
         "inputs": inputs,
         "outputs": outputs,
@@ -106,6 +112,7 @@ def _decode(data: Any, weights: WeightStore, example: dict[str, Tensor], namespa
         example=inputs,
         range_constraints={symbols.decode(key): symbols.range(limits) for key, limits in data["ranges"]},
         reads_layout=data.get("reads_layout") is True,
+        conditions=tuple(symbols.decode(condition) for condition in data["conditions"]),
     )
     count, outputs = len(program.user_inputs()), len(signature.user_outputs)
     if in_spec.num_leaves != count or len(inputs) != count or out_spec.num_leaves != outputs:

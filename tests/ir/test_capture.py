@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
 from regraft.ir.capture import CaptureError, capture
 from regraft.ir.nodes import user_line
@@ -170,20 +169,6 @@ def test_the_models_forward_is_put_back() -> None:
     assert "forward" not in vars(model)
 
 
-def test_dynamic_true_makes_sizes_symbolic_where_the_model_allows() -> None:
-    model = Scaled().eval()
-    program = capture(model, (torch.randn(2, 4),), dynamic=True)
-    (x, *_) = [node.meta["val"] for node in program.user_inputs()]
-    assert isinstance(x.shape[0], torch.SymInt) and x.shape[1] == 4
-    other = torch.randn(7, 4)
-    assert torch.equal(program.user_outputs(program.callable()(other))["y"], model(other)["y"])
-
-
-def test_dynamic_takes_an_export_specification() -> None:
-    program = capture(nn.Linear(4, 4).eval(), (torch.randn(2, 4),), dynamic={"input": {0: Dim("batch", max=64)}})
-    assert isinstance(program.user_inputs()[0].meta["val"].shape[0], torch.SymInt)
-
-
 def refusal(*args: Any, **kwargs: Any) -> str:
     with pytest.raises(CaptureError) as caught:
         capture(*args, **kwargs)
@@ -191,17 +176,16 @@ def refusal(*args: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-def test_an_example_size_of_one_is_refused_where_it_would_be_fixed() -> None:
-    message = refusal(nn.Linear(4, 4).eval(), (torch.randn(1, 4),), dynamic=True)
-    assert "input has size 1 along dimension 0" in message
+def test_a_model_that_leaves_out_what_it_needs_when_it_is_compiled_is_captured_as_it_runs() -> None:
+    class Guarded(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            if mask is None and not torch.compiler.is_compiling():
+                mask = torch.ones(x.shape[0])
+            return x * mask[:, None]  # type: ignore[index]
 
-
-def test_a_model_that_fixes_every_size_is_refused_as_dynamic() -> None:
-    class Fixed(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + torch.ones(2, 3)
-
-    assert "only at the example's sizes (x [2, 3])" in refusal(Fixed().eval(), (torch.randn(2, 3),), dynamic=True)
+    x = torch.randn(2, 4)
+    assert torch.equal(outputs(capture(Guarded().eval(), (x,))), x)
+    assert not torch.compiler.is_compiling()
 
 
 def test_inputs_that_do_not_fit_forward_are_named() -> None:
@@ -284,3 +268,21 @@ def test_transformer_modules_do_not_look_at_their_mask() -> None:
         program = capture(model, (x, mask))
         torch.testing.assert_close(outputs(program), model(x, mask), rtol=1e-5, atol=1e-5)
     assert nn.modules.transformer._detect_is_causal_mask(torch.zeros(2, 2), None, 2) is False
+
+
+def test_a_negated_view_is_written_out_for_those_who_read_its_memory() -> None:
+    class Imaginary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.randn(4, dtype=torch.complex64).conj().imag)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_complex(x).conj().imag.T @ self.scale
+
+    model, x = Imaginary(), torch.randn(4, 3, 2)
+    program = capture(model, (x,))
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(torch.ops.aten.resolve_neg.default) == 2
+    (product,) = (node for node in program.graph.nodes if node.target is torch.ops.aten.matmul.default)
+    assert not any(operand.meta["val"].is_neg() for operand in product.all_input_nodes)
+    torch.testing.assert_close(outputs(program), model(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,40 @@ def test_conditions_that_export_proved_for_the_example_are_checked() -> None:
     fast = plain(model, torch.randn(4, 3), dynamic=True)
     for rows in (6, 5, 7):
         assert_same(fast, model, torch.randn(rows, 3))
+
+
+def test_conditions_are_checked_of_what_was_loaded_too(tmp_path: Path) -> None:
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() if x.shape[0] % 2 == 0 else x.cos()
+
+    plain(Halves().eval(), torch.randn(4, 3), dynamic=True).save(tmp_path / "halves.regraft")
+    loaded = regraft.load(tmp_path / "halves.regraft")
+    assert_same(loaded, Halves(), torch.randn(6, 3))
+    with pytest.raises(InputError, match="no code for inputs"):
+        loaded(torch.randn(5, 3))
+
+
+def test_a_negated_view_is_not_read_as_the_memory_that_it_looks_at() -> None:
+    model, number = linear(), torch.randn(2, 4, dtype=torch.complex64)
+    fast = regraft.compile(model, number.imag.clone())
+    assert_same(fast, model, number.conj().imag)
+    assert events(fast) == ["fallback"]
+    with pytest.raises(CaptureError, match=r"resolve_neg\(\)"):
+        plain(model, number.conj().imag)
+
+
+def test_zero_and_minus_zero_are_two_scalars() -> None:
+    class Over(nn.Module):
+        def forward(self, x: Tensor, by: float) -> Tensor:
+            return x / by
+
+    fast, x = plain(Over().eval()), torch.ones(3)
+    assert fast(x, 0.0).tolist() == [float("inf")] * 3
+    assert fast(x, -0.0).tolist() == [-float("inf")] * 3
+    fast(x, float("nan"))
+    fast(x, float("nan"))
+    assert len(fast.entries) == 3
 
 
 def test_scalars_are_part_of_the_guard() -> None:

@@ -415,6 +415,8 @@ def test_malformed_symbolic_sizes(size: Any, artifact: Path) -> None:
     "change",
     [
         lambda g: g.pop("symbols"),
+        lambda g: g.pop("conditions"),
+        lambda g: g.update(conditions=["os"]),
         lambda g: g.update(symbols={"s0; x": {"hint": 1, "range": [0, 1], "positive": True, "nonnegative": True}}),
         lambda g: g.update(symbols={"s0": {"hint": 5, "range": [6, 2], "positive": True, "nonnegative": True}}),
         lambda g: g.update(nodes=[]),

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from regraft.artifact import ArtifactError, load, save
 from regraft.artifact.tensors import _DTYPES
 from regraft.artifact.trees import decode_tree, encode_tree
+from regraft.guard import SymbolicGuard
 from regraft.ir.capture import capture
 from regraft.ir.nodes import Builder, user_line
 from regraft.ir.program import Program
@@ -89,6 +90,19 @@ def test_a_derived_dimension_keeps_its_symbol(tmp_path: Path) -> None:
     loaded = round_trip(program, tmp_path)
     assert loaded.range_constraints == program.range_constraints
     assert same_outputs(program, loaded, [torch.randn(4, 14, 8)])
+
+
+def test_conditions_on_sizes_are_kept_and_kept_again(tmp_path: Path) -> None:
+    class Halves(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            even = x.sin() if x.shape[0] % 2 == 0 else x.cos()
+            return even.sum() + (y.sum() if x.shape[0] > y.shape[0] else y.prod())
+
+    program = capture(Halves(), (torch.randn(4, 3), torch.randn(2, 3)), dynamic=True)
+    loaded = round_trip(round_trip(program, tmp_path), tmp_path)
+    for rows, fits in (((6, 3), True), ((5, 3), False), ((4, 6), False)):
+        leaves = [torch.randn(size, 3) for size in rows]
+        assert SymbolicGuard(program).fits(leaves) is SymbolicGuard(loaded).fits(leaves) is fits
 
 
 def test_a_loaded_program_can_be_rewritten(tmp_path: Path) -> None:
