@@ -19,9 +19,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
-from regraft.ir.capture_dynamic import check_symbols, dynamic_shapes
+from regraft.ir.capture_dynamic import call_signature, check_symbols, dynamic_shapes, spelled_keywords
 from regraft.ir.capture_error import CaptureError, first_line
-from regraft.ir.capture_hints import masks_as_given
+from regraft.ir.capture_hints import as_if_not_compiled, masks_as_given
 from regraft.ir.capture_imports import export_trace
 from regraft.ir.capture_negated import write_out_negated
 from regraft.ir.capture_regions import complete_values, inline_regions, must_decompose, refuse_left_over
@@ -69,11 +69,12 @@ def capture(
             f"a {type(model).__name__} was given as the model; give an nn.Module, an ExportedProgram or a GraphModule"
         )
     _refuse_layouts(args, kwargs)
-    names = _check_call(model, args, kwargs)
+    inputs = _bound(model, args, kwargs)
     if isinstance(model, fx.GraphModule):
-        args, kwargs = _by_position(names, args, kwargs)
-    shapes = dynamic_shapes(dynamic, args, kwargs, names)
-    exported, notes = _export(model, args, kwargs, shapes)
+        kwargs = {name: kwargs[name] for name in inputs if name in kwargs}  # export passes them on by position
+    shapes = dynamic_shapes(dynamic, inputs)
+    with contextlib.nullcontext() if shapes is None else spelled_keywords(model, kwargs):
+        exported, notes = _export(model, args, kwargs, shapes)
     drop_cycles()
     program = from_exported(exported, [])
     program.reads_layout = notes.layout_read
@@ -136,19 +137,16 @@ def _of_exported(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[
     return copy
 
 
-def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Names of the parameters that positional arguments fill; raises when the inputs do not fit ``forward``."""
-    signature = inspect.signature(model.forward)
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs by the parameter of ``forward`` that takes them; raises ``CaptureError`` when they do not fit."""
     try:
-        signature.bind(*args, **kwargs)
+        return call_signature(model.forward, kwargs).bind(*args, **kwargs).arguments
     except TypeError as error:
         given = [*(f"input {place}" for place in range(len(args))), *kwargs]
         raise CaptureError(
-            f"the example inputs ({', '.join(given) or 'none'}) do not fit {type(model).__name__}.forward{signature}: "
-            f"{error}; give the tensors that you would call the model with"
+            f"the example inputs ({', '.join(given) or 'none'}) do not fit {type(model).__name__}.forward"
+            f"{inspect.signature(model.forward)}: {error}; give the tensors that you would call the model with"
         ) from error
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [parameter.name for parameter in signature.parameters.values() if parameter.kind in kinds]
 
 
 def _refuse_layouts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -157,13 +155,6 @@ def _refuse_layouts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise CaptureError(
                 f"an input has the layout {value.layout}, and dense tensors are compiled; give value.to_dense()"
             )
-
-
-def _by_position(
-    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Keyword inputs of a GraphModule in the order of its placeholders: export passes their values on by position."""
-    return args, {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _export(
@@ -193,12 +184,13 @@ def _export_once(
         with torch.no_grad(), masks_as_given():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
-    notes = Notes(layout_read=isinstance(model, fx.GraphModule) and reads_layout(model))
-    try:
-        with _quiet(), faster_export(model, notes):
-            return export(), notes
-    except Exception as error:  # torch.export raises classes of many modules; its own way decides
-        _LOG.debug("the fast export failed: %s", error)
+    for hint in (contextlib.nullcontext, as_if_not_compiled):
+        notes = Notes(layout_read=isinstance(model, fx.GraphModule) and reads_layout(model))
+        try:
+            with _quiet(), faster_export(model, notes, hint):
+                return export(), notes
+        except Exception as error:  # torch.export raises classes of many modules; its own way decides
+            _LOG.debug("the fast export failed: %s", error)
     try:
         with _quiet():
             exported = export()

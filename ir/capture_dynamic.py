@@ -2,49 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from regraft.ir.capture_error import CaptureError
+from regraft.ir.capture_state import replaced_forward
 
 _LOG = logging.getLogger("regraft")
 
 
-def dynamic_shapes(dynamic: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> Any:
+def dynamic_shapes(dynamic: Any, inputs: Mapping[str, Any]) -> Any:
     """The ``dynamic_shapes`` argument of ``torch.export``.
 
     ``None`` and ``False`` make every size static, ``True`` every size of every tensor symbolic where the model
-    allows it; anything else is a ``torch.export`` specification and passes through. ``names`` are the parameters
-    that ``args`` fill. Raises ``CaptureError`` when an example size of 0 or 1 would silently fix a size.
+    allows it; anything else is a ``torch.export`` specification and passes through. ``inputs`` are the example's by
+    the parameter of ``call_signature`` that takes them, those of ``*args`` as a tuple. Raises ``CaptureError`` when
+    an example size of 0 or 1 would silently fix a size.
     """
     if dynamic is None or dynamic is False:
         return None
     if dynamic is not True:
         return dynamic
-    for path, value in tree_flatten_with_path((args, dict(kwargs)))[0]:
-        if isinstance(value, Tensor):
-            _refuse_small(_label(path, names), value)
-    spec = tree_map(_all_symbolic, {**dict(zip(names, args, strict=False)), **kwargs})
-    if len(args) > len(names):  # *args: by position instead
-        return (*tree_map(_all_symbolic, args), *tree_map(_all_symbolic, tuple(kwargs.values())))
-    return spec
+    for name, given in inputs.items():
+        for path, value in tree_flatten_with_path(given)[0]:
+            if isinstance(value, Tensor):
+                _refuse_small(f"{name}{keystr(path)}", value)
+    return tree_map(_all_symbolic, dict(inputs))
 
 
-def _label(path: tuple[Any, ...], names: list[str]) -> str:
-    place = getattr(path[1], "idx", None) if len(path) > 1 else None
-    if getattr(path[0], "idx", None) == 0 and place is not None and place < len(names):
-        return f"{names[place]}{keystr(path[2:])}"
-    text = f"{keystr(path[1:])}"
-    return text.strip("[]'") if len(path) == 2 else text
+def call_signature(forward: Callable[..., Any], keywords: Iterable[str]) -> inspect.Signature:
+    """The signature of ``forward``; of the ``keywords`` that its ``**`` takes, each is a parameter of its own."""
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return signature
+    taken = [name for name in keywords if name not in signature.parameters]
+    spelled = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in taken]
+    return signature.replace(parameters=[*parameters[:-1], *spelled, parameters[-1]])
 
 
-def _is_symbol(size: Any) -> bool:
+@contextlib.contextmanager
+def spelled_keywords(model: nn.Module, keywords: Iterable[str]) -> Iterator[None]:
+    """Inside, ``forward`` has its ``call_signature``: ``torch.export`` takes no symbolic sizes in a ``**``."""
+    original = model.forward
+    signature = call_signature(original, keywords)
+    if signature == inspect.signature(original):
+        yield
+        return
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    with replaced_forward(model, forward):
+        yield
+
+
+def is_symbol(size: Any) -> bool:
     """Whether a size is still free; one that the model has settled is a symbol with a number for its value."""
     return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
@@ -69,7 +93,7 @@ def check_symbols(graph: fx.Graph, user_inputs: list[fx.Node], dynamic: Any) -> 
         return
     values = [(node, node.meta.get("val")) for node in user_inputs]
     tensors = [(node.name, value) for node, value in values if isinstance(value, Tensor)]
-    symbolic = [size for _, value in tensors for size in value.shape if _is_symbol(size)]
+    symbolic = [size for _, value in tensors for size in value.shape if is_symbol(size)]
     if not symbolic:
         raise CaptureError(
             f"symbolic sizes were asked for (dynamic={dynamic!r}), but the model works only at the example's sizes "
@@ -81,7 +105,7 @@ def check_symbols(graph: fx.Graph, user_inputs: list[fx.Node], dynamic: Any) -> 
             f"{name}[{dim}] = {size}"
             for name, value in tensors
             for dim, size in enumerate(value.shape)
-            if not _is_symbol(size)
+            if not is_symbol(size)
         ]
         if fixed:
             _LOG.info("the model fixes these sizes: %s", ", ".join(fixed))

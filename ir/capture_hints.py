@@ -1,4 +1,4 @@
-"""Questions that a module asks of its inputs' values for speed alone, which export cannot answer."""
+"""Questions that a model asks while it is captured, where export's own answer leads nowhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.nn.modules import transformer
 
 
@@ -26,3 +27,18 @@ def masks_as_given() -> Iterator[None]:
         yield
     finally:
         transformer._detect_is_causal_mask = real
+
+
+@contextlib.contextmanager
+def as_if_not_compiled() -> Iterator[None]:
+    """``torch.compiler.is_compiling`` and ``is_exporting`` say no, as they do when the model runs by itself.
+
+    Models ask them to leave out what a compiler might not take; some leave out a default that they need.
+    """
+    compiler = torch.compiler
+    before = compiler._is_compiling_flag, compiler._is_exporting_flag
+    compiler._is_compiling_flag = compiler._is_exporting_flag = False
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag, compiler._is_exporting_flag = before

@@ -31,7 +31,7 @@ from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
-from regraft.ir.capture_state import LAYOUT_QUERIES, ModelState, Notes
+from regraft.ir.capture_state import LAYOUT_QUERIES, ModelState, Notes, replaced_forward
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 _SET_GRAD = torch._C._set_grad_enabled
@@ -43,12 +43,14 @@ _QUERIES = frozenset(
 )
 _LAYOUT_QUERIES = frozenset(getattr(torch.Tensor, name) for name in LAYOUT_QUERIES)
 
+Hint = Callable[[], contextlib.AbstractContextManager[None]]
+
 
 @contextlib.contextmanager
-def faster_export(model: nn.Module, notes: Notes) -> Iterator[None]:
+def faster_export(model: nn.Module, notes: Notes, hint: Hint = contextlib.nullcontext) -> Iterator[None]:
     """While this context lasts, ``torch.export`` of ``model`` takes the short ways above; ``notes`` gets what the model
-    did meanwhile."""
-    with resting_collector(), deferred_codegen(), _watched_forward(model, notes):
+    did meanwhile. The model runs inside ``hint()``."""
+    with resting_collector(), deferred_codegen(), _watched_forward(model, notes, hint):
         yield
 
 
@@ -92,30 +94,22 @@ def deferred_codegen() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watched_forward(model: nn.Module, notes: Notes) -> Iterator[None]:
+def _watched_forward(model: nn.Module, notes: Notes, hint: Hint) -> Iterator[None]:
     if isinstance(model, (fx.GraphModule, torch.jit.ScriptModule)):  # export does not call their ``forward``
         yield
         return
     original = model.forward
-    own = model.__dict__.get("forward")
     state = ModelState(model)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _InferenceMode(forward.__code__, notes):  # type: ignore[attr-defined]
+        with hint(), _InferenceMode(forward.__code__, notes):  # type: ignore[attr-defined]
             result = original(*args, **kwargs)
         notes.changed += state.changes()  # here, because export puts attributes back
         return result
 
-    model.forward = forward
-    try:
-        with fx_traceback.preserve_node_meta():
-            yield
-    finally:
-        if own is None:
-            del model.__dict__["forward"]
-        else:
-            model.__dict__["forward"] = own
+    with replaced_forward(model, forward), fx_traceback.preserve_node_meta():
+        yield
 
 
 class _InferenceMode(TorchFunctionMode):

@@ -6,7 +6,8 @@ and a size that it notes would be left behind as a symbol.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,20 @@ class ModelState:
                 held[key] = value
                 if items is not None and not _equal(value, items):
                     _refill(value, items)
+
+
+@contextlib.contextmanager
+def replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, ``forward`` is the model's; one that its instance had of its own comes back."""
+    own = model.__dict__.get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = own
 
 
 def reads_layout(module: fx.GraphModule) -> bool:
