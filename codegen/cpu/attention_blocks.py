@@ -1,4 +1,5 @@
-"""Attention in blocks of rows, for what the native kernel does not compute: other element types, no compiler.
+"""Attention in blocks of rows, where the native kernel does not run: no compiler, or low precision that PyTorch is
+faster in.
 
 A block takes the keys that its rows see, gathered from their spans, to PyTorch's kernel or to the definition, so that
 memory stays linear in the lengths. Heads that see other keys than their neighbours are blocks of their own.

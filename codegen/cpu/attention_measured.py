@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from regraft.codegen.cpu.attention_blocks import attend_blocks
 from regraft.codegen.cpu.attention_masks import (
     additive_mask,
     appended,
@@ -22,12 +23,12 @@ from regraft.codegen.cpu.attention_masks import (
     without_keys,
 )
 from regraft.codegen.cpu.attention_parts import Parts, bits_of, padding_mask, span_table, spans_or_bits, take_apart
-from regraft.codegen.cpu.attention_sdpa import attend_sdpa
+from regraft.codegen.cpu.attention_sdpa import attend_sdpa, empty_rows
 from regraft.codegen.cpu.context import Context
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.native_operators import attend_native
 from regraft.ir import ops
-from regraft.ir.mask import MOST_SPANS, Everything, most_spans, parse
+from regraft.ir.mask import MOST_SPANS, Everything, every_row_nonempty, most_spans, parse, proof_lengths
 from regraft.ir.mask.predicate import tensors_of
 from regraft.ir.nodes import arguments, concrete, dtype, shape
 from regraft.ir.probe import Pool, Probe, ProbeError, index_like
@@ -55,7 +56,7 @@ class AttentionShape:
 
     def kernels(self) -> tuple[str, ...]:
         """Kernels that can run such a site here."""
-        return ("sdpa", "native") if self.dtype == torch.float32 and not NATIVE.missing() else ("sdpa",)
+        return ("sdpa", "blocks") if NATIVE.missing() else ("sdpa", "blocks", "native")
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,13 @@ def _sites_with(context: Context, given: dict[str, Any]) -> int:
     return max(every[mask_key(given)], 1)
 
 
-def sample(context: Context, given: dict[str, Any], form: AttentionShape) -> Sample:
-    """Both kernels on random operands that lie in memory as a projection leaves them, and a mask of the site's kind.
+def sample(context: Context, given: dict[str, Any], form: AttentionShape, other: str = "sdpa") -> Sample:
+    """The native kernel and the ``other`` on random operands that lie in memory as a projection leaves them, and a mask
+    of the site's kind.
     Where tensors decide what a mask is, it is that of the example inputs (the native kernel alone where these do not
     tell); any other that depends on tensors lets everything through."""
-    query = _projected(form.batch, form.length, form.heads, form.head_dim)
-    key, value = (_projected(form.batch, form.keys, form.kv_heads, size) for size in (form.head_dim, form.value_dim))
+    query = _projected(form, form.length, form.heads, form.head_dim)
+    key, value = (_projected(form, form.keys, form.kv_heads, size) for size in (form.head_dim, form.value_dim))
     scale, grouped = given["scale"], form.heads != form.kv_heads
     found = _sample_masks(context, given, form, query)
     own = found or _Masks()
@@ -125,19 +127,27 @@ def sample(context: Context, given: dict[str, Any], form: AttentionShape) -> Sam
 
     def native() -> Tensor:
         more = (keys[1], values[1]) if form.appended else ()
-        out: Tensor = attend_native(query, keys[0], values[0], *tables, *more)
-        return out
+        out: Tensor = attend_native(query.float(), keys[0].float(), values[0].float(), *tables, *more)
+        return out.to(form.dtype)
 
     def sdpa() -> Tensor:
         if not form.appended:
             return attend_sdpa(query, key, value, own.exact, own.causal, scale, grouped)
         return attend_sdpa(query, torch.cat(keys, 2), torch.cat(values, 2), own.exact, own.causal, scale, grouped)
 
-    return Sample({"native": native} if found is None else {"sdpa": sdpa, "native": native}, own.makes)
+    def blocks() -> Tensor:
+        assert own.spans is not None
+        return attend_blocks(query, key, value, own.spans, None, None, None, scale, "zero", 0.0)
+
+    known = found is not None and (other != "blocks" or own.spans is not None)
+    others = {"sdpa": sdpa, "blocks": blocks}
+    if not known:
+        return Sample({"native": native})
+    return Sample({other: others[other], "native": native}, own.makes if other in own.makes else {})
 
 
-def _projected(batch: int, length: int, heads: int, size: int) -> Tensor:
-    return torch.randn(batch, length, heads, size).transpose(1, 2)
+def _projected(form: AttentionShape, length: int, heads: int, size: int) -> Tensor:
+    return torch.randn(form.batch, length, heads, size).to(form.dtype).transpose(1, 2)
 
 
 def _cached(whole: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +172,7 @@ def _sample_masks(context: Context, given: dict[str, Any], form: AttentionShape,
     """None where the example inputs do not tell, or a bias is added besides."""
     parts = take_apart(context, given)
     runs_or_known = not isinstance(parts.runs, Everything) or not isinstance(parts.known, Everything)
-    if (runs_or_known or not isinstance(parts.rest, Everything)) and not form.has_bias:
+    if (runs_or_known or not isinstance(parts.rest, Everything) or tensors_of(parts.spans)) and not form.has_bias:
         tensors = _example_tensors(context, given["mask_tensors"])
         if tensors is not None:
             return _example_masks(form, parts, tensors, query, _made_in_calls(context, given))
@@ -174,13 +184,14 @@ def _sample_masks(context: Context, given: dict[str, Any], form: AttentionShape,
     if form.has_bias or tensors_of(known):
         known, dense = Everything(), torch.zeros(1, 1, form.length, form.keys)
     causal = is_flag(known, form.length, form.keys) == "causal"
-    mask, table = dense, None
+    mask, table = None if dense is None else dense.to(form.dtype), None
     if not isinstance(known, Everything):
         if most_spans(known) <= MOST_SPANS:
             table = span_table(str(known), [], form.heads, form.length, form.keys)
         if not causal or table is None:
             mask = additive_mask(str(known), [], None, None, query, form.keys, -math.inf)
-    return _Masks(mask, causal, dense if table is not None else mask, table)
+    added = dense if table is not None or mask is None else mask.float()
+    return _Masks(mask, causal, added, table)
 
 
 def _example_masks(form: AttentionShape, parts: Parts, tensors: list[Tensor], query: Tensor, in_calls: bool) -> _Masks:
@@ -199,7 +210,12 @@ def _example_masks(form: AttentionShape, parts: Parts, tensors: list[Tensor], qu
             bits if isinstance(parts.rest, Everything) else bits_of(str(parts.rest), tensors, query, form.keys),
         )
 
-    return _Masks(exact(), False, *own(), {"sdpa": exact, "native": own} if in_calls else {})
+    def settled() -> None:
+        mask = exact()
+        if not every_row_nonempty(parse(form.mask), *proof_lengths(form.length, form.keys)):
+            empty_rows(mask)
+
+    return _Masks(exact(), False, *own(), {"sdpa": settled, "native": own} if in_calls else {})
 
 
 def _example_tensors(context: Context, nodes: list[fx.Node]) -> list[Tensor] | None:

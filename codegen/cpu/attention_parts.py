@@ -24,7 +24,7 @@ from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.native.mask import mask_bits
 from regraft.ir.mask import MOST_SPANS, And, Everything, Keys, Predicate, has_spans, most_spans, parse, spans, to_dense
 from regraft.ir.mask.predicate import tensors_of
-from regraft.ir.nodes import concrete, shape, size_equal
+from regraft.ir.nodes import concrete, dtype, shape, size_equal
 
 _LOG = logging.getLogger("regraft")
 _LARGEST_CONSTANT = 1 << 26  # elements of a mask that is looked at when a model is lowered
@@ -124,7 +124,7 @@ class MaskNodes:
 
 def mask_nodes(context: Context, given: dict[str, Any], parts: Parts) -> MaskNodes:
     """The mask of a site; sites with equal masks share its tensors."""
-    query, keys = context.value(given["query"]), key_length(context, given)
+    query, keys = widened(context, given["query"]), key_length(context, given)
     tensors = [context.value(tensor) for tensor in given["mask_tensors"]]
     added = _added_node(context, given, parts, query, keys, tensors)
     if not isinstance(parts.runs, Everything):
@@ -136,6 +136,17 @@ def mask_nodes(context: Context, given: dict[str, Any], parts: Parts) -> MaskNod
         return MaskNodes(added, _item(context, both, 0), _item(context, both, 1))
     seen = _span_node(context, given, parts, query, keys, tensors)
     return MaskNodes(added, seen, None if _fills(given) else _bits_node(context, given, parts, query, keys, tensors))
+
+
+def widened(context: Context, node: fx.Node) -> fx.Node:
+    """A floating tensor in fp32."""
+    if dtype(node) == torch.float32:
+        return context.value(node)
+    made: fx.Node = context.shared(
+        ("in fp32", node),
+        lambda: context.call(torch.ops.aten._to_copy.default, context.value(node), dtype=torch.float32),
+    )
+    return made
 
 
 def _item(context: Context, pair: fx.Node, place: int) -> fx.Node:
@@ -155,7 +166,7 @@ def _added_node(
     hidden = parts.rest if _fills(given) else parts.keys
     text = str(hidden)
     if given["bias"] is not None:
-        bias = context.value(given["bias"])
+        bias = widened(context, given["bias"])
         if isinstance(hidden, Everything):
             return bias  # the kernel spreads it
         fill = given["mask_fill"] if _fills(given) else -math.inf

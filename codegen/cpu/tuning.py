@@ -40,8 +40,8 @@ _NEARLY_THE_SAME = math.log(1.25)  # of rows that are measured, or lengths of at
 _SMALL = 64  # features of the product that brings a kernel's code into the caches
 _WORTH_A_COPY = 0.97  # a packed weight must be this much faster than the plain one to be worth its memory
 _WORTH_A_CALL = 0.97  # and another library's kernel this much faster than ours, which joins its neighbours in one call
-_WORTH_VIEWS = 0.9  # attention of another library takes views of its operands and its result besides
 _CALL = 2e-5  # seconds that such a call costs: Python's, and the neighbours' that it parts
+_VIEWS = 2e-5  # attention of another library takes views of its operands and its result besides
 
 Shape = LinearShape | AttentionShape
 _OPERATORS: dict[str, type[LinearShape] | type[AttentionShape]] = {"linear": LinearShape, "attention": AttentionShape}
@@ -171,16 +171,16 @@ class Tuner:
         seconds = _interleaved(sample.runs)
         for name, taken in _interleaved(sample.makes).items():
             seconds[name] += taken / shape.sharing
-        return _best(seconds, _WORTH_VIEWS), seconds
+        return _best(seconds, _CALL + _VIEWS), seconds
 
 
-def _best(seconds: Mapping[str, float], worth: float = _WORTH_A_CALL) -> str:
-    """The fastest kernel, unless another costs less around it and is as fast but for a share of ``1 - worth``."""
+def _best(seconds: Mapping[str, float], around: float = _CALL) -> str:
+    """The fastest kernel, unless ours or the plain one is nearly as fast: another library's costs ``around`` more."""
     best = min(seconds, key=lambda name: seconds[name]) if seconds else "plain"
     if seconds.get("plain", math.inf) <= seconds.get(best, 0.0) / _WORTH_A_COPY:
         return "plain"
     own = seconds.get("native", math.inf)
-    return "native" if own - _CALL <= seconds.get(best, 0.0) / worth else best
+    return "native" if own - around <= seconds.get(best, 0.0) / _WORTH_A_CALL else best
 
 
 def _names(shape: Shape) -> Sequence[str]:

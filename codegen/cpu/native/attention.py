@@ -113,7 +113,7 @@ def _call(
     count, value_dim = before + (0 if key_more is None else key_more.shape[2]), 0 if value is None else value.shape[3]
     shown = None if mask is None else _rows_in_order(mask).expand(batch, heads, length, count)
     held = (None if table is None else table.reshape(-1).contiguous() for table in (slopes, sinks))
-    floats = library.regraft_attention_workspace(batch, kv_heads, length, count, head_dim, value_dim)
+    floats = library.regraft_attention_workspace(batch, heads, kv_heads, length, count, head_dim, value_dim)
     workspace = query.new_empty(floats)
     starts, ends = (None, None) if spans is None else spans.unbind(0)
     most = 0 if starts is None else starts.shape[3]
@@ -138,7 +138,7 @@ def _strides(table: Tensor | None) -> tuple[int, ...]:
 
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the functions take and return."""
-    library.regraft_attention_workspace.argtypes = [LONG] * 6
+    library.regraft_attention_workspace.argtypes = [LONG] * 7
     library.regraft_attention_workspace.restype = LONG
     library.regraft_attention.restype = None
 

@@ -28,7 +28,7 @@ from regraft.ir.device import cache_folder
 
 _LOG = logging.getLogger("regraft")
 _FOLDER = Path(__file__).parent
-_HEADERS = ("vector.h", "activation.h", "product.h")
+_HEADERS = ("vector.h", "activation.h", "product.h", "few_rows.h", "attention_site.h", "attention_rows.h")
 _FAST = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")  # -O3 takes half as long again, and gains nothing here
 _FLAGS = ("-std=c++17", *_FAST, "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 _COMPILERS = ("g++", "clang++", "c++")

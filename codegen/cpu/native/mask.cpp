@@ -65,13 +65,22 @@ static int_vec same_word(int64_t number, const int64_t *numbers, int64_t first, 
     });
 }
 
+// Eight times LANES truth values, a byte each, are first the bits of one byte for each lane: vectors of bytes are shorter.
 static int_vec table_word(const uint8_t *table, int64_t first, int64_t keys) {
-    return gather(first, keys, [&](int64_t place, int64_t count) {
-        uint8_t held[LANES];
-        const uint8_t *from = table + place;
-        if (count < LANES) from = (const uint8_t *)memcpy(held, from, count);
-        return __builtin_convertvector(*(const unaligned_byte_vec *)from != 0, int_vec);
-    });
+    constexpr int EACH = 8;
+    int_vec word = {};
+    for (int64_t part = 0; part < WORD / EACH; part++) {
+        byte_vec bits = {};
+        const uint8_t *from = table + first + part * EACH * LANES;
+        int64_t left = keys - first - part * EACH * LANES;
+        if (left >= EACH * LANES)
+            _Pragma("GCC unroll 8") for (int t = 0; t < EACH; t++)
+                bits |= (byte_vec)(*(const unaligned_byte_vec *)(from + t * LANES) != 0) & (uint8_t)(1 << t);
+        else
+            for (int64_t i = 0; i < left; i++) bits[i % LANES] |= (from[i] != 0) << i / LANES;
+        word |= __builtin_convertvector(bits, int_vec) << (int32_t)(part * EACH);
+    }
+    return word;
 }
 
 // The bits of one row for WORD * LANES keys from `first` on; `stack` has room for all that is at hand.

@@ -217,13 +217,17 @@ def test_softcap_and_everything_at_once() -> None:
     assert_close(run(*given), formula(*given, lower_left, **options))
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": "band(None,0)"}, {"softcap": 3.0}])
+LOW_BIAS = draw(1, HEADS, LENGTH, KEYS, seed=5).bfloat16()
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": "band(None,0)"}, {"softcap": 3.0}, {"bias": LOW_BIAS}])
 def test_bf16_keeps_its_type(options: dict[str, Any]) -> None:
     given = operands(2, dtype=torch.bfloat16)
     result = compiled(given, scale=0.5, **options)(*given)
     allowed = lower_left if "mask" in options else (lambda b, q, k: True)
     assert result.dtype == torch.bfloat16
-    assert_close(result, formula(*given, allowed, softcap=options.get("softcap", 0.0)), 1e-2)
+    named = {name: value for name, value in options.items() if name != "mask"}
+    assert_close(result, formula(*given, allowed, **named), 1e-2)
 
 
 def test_values_of_another_size_than_keys() -> None:
@@ -289,11 +293,25 @@ def test_long_sites_that_the_native_kernel_does_not_take_run_in_blocks(
 
     executable = lower(captured(site, given))
     names = [getattr(node.target, "__name__", "") for node in executable.module.graph.nodes]
-    in_blocks = kernel == "sdpa" or dtype == torch.bfloat16
-    assert ("attend_blocks" in names) == in_blocks
+    assert ("attend_blocks" in names) == (kernel == "sdpa")
     allowed = SPANS["sink and window"][1]
     expected = formula(*given, lambda b, q, k: allowed(b, 0, q, k))
     assert_close(executable(*given)[0], expected, 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_long_site_with_a_bias_is_not_taken_to_blocks(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's kernel reads a tensor of all scores that is there anyway; blocks would run the definition."""
+    monkeypatch.setattr(attention_blocks, "_WORTH_BLOCKS", LENGTH * KEYS)
+    given, bias = operands(2), draw(LENGTH, KEYS, seed=5)
+
+    def site(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = attention(query, key, value, [], bias, scale=0.5)
+        return out
+
+    executable = lower(captured(site, (*given, bias)))
+    names = [getattr(node.target, "__name__", "") for node in executable.module.graph.nodes]
+    assert f"attend_{kernel}" in names and "attend_blocks" not in names
+    assert_close(executable(*given, bias)[0], formula(*given, bias=bias[None, None]))
 
 
 def test_documents_in_many_pieces_are_bits_and_say_so(

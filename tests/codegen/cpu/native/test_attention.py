@@ -134,6 +134,32 @@ def test_many_blocks_of_keys(window: int) -> None:
     assert relative_l2(run(query, key, value, intervals).double(), wanted) <= 2e-6
 
 
+@pytest.mark.parametrize("length", [1, 3, 20])
+@pytest.mark.parametrize("groups", [1, 3, 7])
+@pytest.mark.parametrize("sizes", [(64, 64), (20, 40), (36, 21)])
+@pytest.mark.parametrize("keys", [1030, 2500])
+def test_few_queries_over_many_keys(length: int, groups: int, sizes: tuple[int, int], keys: int) -> None:
+    """Heads that share keys are rows of one block, and parts of the keys are summed up apart."""
+    query = draw(1, length, 2 * groups, sizes[0]).transpose(1, 2) * 2
+    key, value = draw(1, keys, 2, sizes[0], seed=1).transpose(1, 2), draw(1, 2, keys, sizes[1], seed=2)
+    sinks, mask = draw(2 * groups, seed=3), draw(1, 2 * groups, length, keys, seed=4)
+    everything = torch.ones(1, 1, length, keys, dtype=torch.bool)
+    for options in ({}, {"sinks": sinks}, {"mask": mask, "softcap": 5.0}, {"slopes": sinks / 100}):
+        wanted = formula(query, key, value, everything, **options)
+        assert relative_l2(run(query, key, value, None, **options).double(), wanted) <= 2e-6
+
+
+@pytest.mark.parametrize("window", [1, 40, 900])
+def test_few_queries_see_spans_that_lie_in_some_parts_of_the_keys(window: int) -> None:
+    """Each head another place, the first head nothing at all."""
+    heads, keys = 4, 3000
+    query, key, value = draw(1, heads, 1, 16), draw(1, 2, keys, 16, seed=1), draw(1, 2, keys, 16, seed=2)
+    start = torch.tensor([0, 500, 1000, 2100]).reshape(1, heads, 1)
+    intervals = torch.stack((start, start + window * (start > 0)))[..., None]
+    wanted = formula(query, key, value, visible(intervals, keys))
+    assert relative_l2(run(query, key, value, intervals).double(), wanted) <= 2e-6
+
+
 @pytest.mark.parametrize(("name", "value"), [("zero", 0.0), ("nan", math.nan), ("mean", None)])
 def test_rows_without_keys(name: str, value: float | None) -> None:
     query, key, values = (draw(2, 2, 5, 8, seed=seed) for seed in range(3))
@@ -159,8 +185,13 @@ def test_a_row_that_is_masked_with_the_lowest_number_sees_all_keys_alike() -> No
 
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_what_is_not_a_number_is_not_hidden(where: str, number: float) -> None:
-    operands = {name: draw(1, 1, 70, 8, seed=seed) for seed, name in enumerate(("query", "key", "value"))}
+@pytest.mark.parametrize(("length", "keys"), [(70, 70), (4, 1100)])
+def test_what_is_not_a_number_is_not_hidden(where: str, number: float, length: int, keys: int) -> None:
+    operands = {
+        "query": draw(1, 1, length, 8),
+        "key": draw(1, 1, keys, 8, seed=1),
+        "value": draw(1, 1, keys, 8, seed=2),
+    }
     operands[where][0, 0, 3, 2] = number
     result = run(*operands.values(), None)
     wanted = (operands["query"] @ operands["key"].mT * 0.3).softmax(-1) @ operands["value"]
