@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, NamedTuple
 
+from sympy import Symbol  # type: ignore[import-untyped]
 from torch import nn
 
 from regraft.build import Build, Toolchain, build
-from regraft.calibration import Call, split
+from regraft.calibration import Call, covered, split
 from regraft.ir.capture_error import first_line
 from regraft.ir.driver import Session
 from regraft.ir.nodes import user_line
@@ -21,7 +22,7 @@ from regraft.passes.base import Pass
 from regraft.passes.budget.budget import Budget
 from regraft.passes.budget.candidate import Candidate, NotOffered, rewrites
 from regraft.passes.budget.errors import BudgetError
-from regraft.passes.budget.estimate import Estimate, estimate, median_bound
+from regraft.passes.budget.estimate import Estimate, confidence_of_look, estimate, median_bound
 from regraft.passes.budget.metric import metric_name
 from regraft.passes.budget.neighbours import Space
 from regraft.passes.budget.offers import OFFERS
@@ -72,6 +73,7 @@ def spend(spending: Spending, exact: Build, model: nn.Module, target: str, verif
 def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, verify: str) -> tuple[Build, BudgetReport]:
     budget, clock = spending.budget, Clock.after(spending.budget.seconds)
     calibration = split(list(spending.calls), exact.entry, budget.seed)
+    sizes = covered(list(spending.calls), exact.entry)
     recognised = exact.before.copy()
     recognising().run(recognised, Session(verify="off"))
     rehearsal = Rehearsal(recognised, finishing(target), exact.entry, model, calibration, budget)
@@ -82,7 +84,8 @@ def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, veri
     if found.chosen is None:
         return exact, _told(budget, found, rehearsal, None, None)
     made = _finished(exact, found.chosen, target, verify)
-    held = estimate(rehearsal.held_out_by(made.entry.executable), budget.confidence, budget.is_rate)
+    sure = confidence_of_look(budget.confidence, found.looks)  # the look that chose it, by the model as it is built
+    held = estimate(rehearsal.held_out_by(made.entry.executable), sure, budget.is_rate)
     ratios = rehearsal.ratios_of(made.entry.executable)
     ratio, bound = median(ratios), median_bound(ratios, _SURE)
     if not (held.within(budget.limit) and ratio <= WORTH_IT and bound < 1.0):
@@ -92,7 +95,19 @@ def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, veri
         )
         return exact, _told(budget, found, rehearsal, None, None)
     found.chosen.seconds = ratio * rehearsal.exact_seconds
-    return made, _told(budget, found, rehearsal, found.chosen, held)
+    told = _told(budget, found, rehearsal, found.chosen, held)
+    return made, replace(told, covers=_kept_to(sizes, made, exact)) if sizes else told
+
+
+def _kept_to(sizes: dict[Symbol, tuple[int, int]], made: Build, exact: Build) -> str:
+    """Let a model with symbolic sizes serve those that were calibrated, the exact one the others; what to say of it."""
+    shown = [
+        f"{least}{f' to {most}' if most > least else ''} in {exact.entry.guard.place_of(symbol)}"
+        for symbol, (least, most) in sizes.items()
+    ]
+    made.entry.guard.narrow(sizes)
+    made.beside = exact.entry
+    return f"the loss was measured for sizes {', '.join(shown)}; others get exact code"
 
 
 @dataclass
@@ -182,6 +197,7 @@ def _told(
         held_out=held.mean,
         held_out_bound=held.upper,
         samples=held.samples,
+        looks=found.looks,
         predicted_seconds=chosen.predicted_seconds,
         seconds=chosen.seconds,
         **common,

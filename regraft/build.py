@@ -186,6 +186,7 @@ class Build:
     ``captured_drift`` is that of the captured program before any rewrite. ``repetitions`` counts the checks that were
     not computed because they are the same as earlier ones, other parameters aside. ``outputs`` are the flat outputs on
     the example inputs, where they were computed to be compared: the call that asked for the compilation needs no other.
+    ``beside`` is code for sizes that ``entry`` is not for.
     """
 
     entry: Entry
@@ -197,6 +198,7 @@ class Build:
     tolerance: float | None = None
     captured_drift: float | None = None
     outputs: Sequence[Any] | None = None
+    beside: Entry | None = None
 
     @property
     def accepted(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sympy import Symbol  # type: ignore[import-untyped]
 from torch import Tensor
 
 from regraft.build import Entry
@@ -97,6 +98,24 @@ def split(calls: list[Call], entry: Entry, seed: int) -> Calibration:
             f"the calibration holds {sum(map(samples_of, calls))} samples, of which {few} are held out; give at least "
             f"{_FEWEST_SAMPLES} to calibrate with and {_FEWEST_SAMPLES} held out"
         )
+    return made
+
+
+def covered(calls: list[Call], entry: Entry) -> dict[Symbol, tuple[int, int]]:
+    """The smallest and the largest that calls which fit have of each symbolic size: of code with symbolic sizes, the
+    loss was measured there only. The number of samples, dim 0, is left out: the loss is a mean over them. Raises
+    ``BudgetError`` where the example inputs lie outside."""
+    inner = entry.guard.inner_sizes()
+    found = [entry.guard.sizes(leaves_of(call, entry)) or {} for call in calls]
+    ranges = {symbol: [int(sizes[symbol]) for sizes in found if symbol in sizes] for symbol in inner}
+    made = {symbol: (min(sizes), max(sizes)) for symbol, sizes in ranges.items() if sizes}
+    own = entry.guard.sizes(list(entry.program.example)) or {}
+    for symbol, (least, most) in made.items():
+        if not least <= own.get(symbol, least) <= most:
+            raise BudgetError(
+                f"the calibration has sizes from {least} to {most} in {entry.guard.place_of(symbol)}, and the example "
+                f"inputs have {own[symbol]}; give batches of that size, too"
+            )
     return made
 
 

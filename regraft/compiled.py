@@ -333,6 +333,8 @@ class CompiledModule(StandIn):
         if not made.accepted:
             return self._refuse(key, made.why_refused)
         self.install(made.entry)
+        if made.beside is not None:
+            self.install(made.beside)
         self._remember(key, made.entry)
         self._captured |= captured
         self._watch_weights()
@@ -348,6 +350,8 @@ class CompiledModule(StandIn):
             self._report.budget = told
         if told.refused:
             self._event("budget", f"{told.refused}; the model is the exact one")
+        elif told.covers:
+            self._event("budget", told.covers)
         return made
 
     def _refuse(self, key: Hashable, reason: str, tell: bool = True) -> str:

@@ -6,13 +6,14 @@ new is checked against entries with symbolic sizes by ``SymbolicGuard``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from regraft.ir.conditions import conditions_of
 from regraft.ir.program import Program
@@ -130,6 +131,7 @@ class SymbolicGuard:
 
     def __init__(self, program: Program) -> None:
         self._wanted = [node.meta.get("val") for node in program.user_inputs()]
+        self._names = [node.name for node in program.user_inputs()]
         self._example = program.example
         self._ranges = program.range_constraints
         self._reads_layout = program.reads_layout
@@ -138,28 +140,51 @@ class SymbolicGuard:
     @property
     def symbolic(self) -> bool:
         """Whether any input has a symbolic size."""
-        return any(
-            isinstance(size, torch.SymInt) and size.node.expr.free_symbols
-            for value in self._wanted
-            if isinstance(value, Tensor)
-            for size in value.shape
-        )
+        return next(self._sizes(), None) is not None
 
     def fits(self, leaves: list[Any]) -> bool:
         """Whether the program computes the right thing for these inputs."""
+        return self.sizes(leaves) is not None
+
+    def narrow(self, ranges: Mapping[sympy.Symbol, tuple[int, int]]) -> None:
+        """Let only sizes from the smallest to the largest of ``ranges`` fit; the program remembers it."""
+        for symbol, bounds in ranges.items():
+            self._ranges[symbol] = ValueRanges(*bounds) & self._ranges.get(symbol, ValueRanges(*bounds))
+
+    def inner_sizes(self) -> list[sympy.Symbol]:
+        """Symbolic sizes of other dims than the first, in which samples lie beside each other."""
+        found = {symbol: None for _, dim, size in self._sizes() if dim for symbol in size.node.expr.free_symbols}
+        return list(found)
+
+    def place_of(self, symbol: sympy.Symbol) -> str:
+        """An input and its dim that have a symbolic size, in words."""
+        places = [(dim, name) for name, dim, size in self._sizes() if symbol in size.node.expr.free_symbols]
+        dim, name = max(places)
+        return f"dim {dim} of {name}"
+
+    def _sizes(self) -> Iterator[tuple[str, int, torch.SymInt]]:
+        """Name, dim and size of all that is symbolic in the inputs."""
+        for name, value in zip(self._names, self._wanted, strict=True):
+            for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
+                    yield name, dim, size
+
+    def sizes(self, leaves: list[Any]) -> dict[sympy.Symbol, sympy.Integer] | None:
+        """The symbolic sizes of inputs that fit; None for others."""
         known: dict[sympy.Symbol, sympy.Integer] = {}
         derived: list[tuple[Any, int]] = []
         for wanted, leaf, example in zip(self._wanted, leaves, self._example, strict=True):
             if not isinstance(wanted, Tensor):
                 if type(leaf) is not type(example) or _exact(leaf) != _exact(example):
-                    return False
+                    return None
             elif not isinstance(leaf, Tensor) or not self._fits_tensor(wanted, leaf, known, derived):
-                return False
-        return (
+                return None
+        held = (
             all(_value(expression, known) == size for expression, size in derived)
             and all(self._in_range(expression, known) for expression in self._ranges)
             and all(_value(condition, known) == sympy.true for condition in self._conditions)
         )
+        return known if held else None
 
     def _fits_tensor(self, wanted: Tensor, leaf: Tensor, known: dict[Any, Any], derived: list[tuple[Any, int]]) -> bool:
         if (wanted.dtype, wanted.device, wanted.layout) != (leaf.dtype, leaf.device, leaf.layout):

@@ -46,6 +46,17 @@ def estimate(losses: NDArray[np.float64], confidence: float, rate: bool = False)
     return Estimate(mean, _mean_bound(np.append(losses, losses.max()), confidence), count, own)
 
 
+def confidence_of_look(confidence: float, look: int) -> float:
+    """The confidence of the bound of look number ``look`` (1, 2, …) at held-out data, so that all looks together keep
+    ``confidence``: whoever looks until something passes is wrong oftener than each look is.
+
+    Look k spends the part 1/(k (k+1)) of what may go wrong. These parts add up to one however many looks follow
+    (Bonferroni's bound; Lan and DeMets, "Discrete sequential boundaries for clinical trials", Biometrika 1983), and
+    half goes to the first look, which mostly is the only one.
+    """
+    return 1.0 - (1.0 - confidence) / (look * (look + 1))
+
+
 def typical(losses: NDArray[np.float64], rate: bool = False) -> float:
     """The square of the mean root; for a ``rate`` the mean.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from regraft.passes.budget.budget import Budget
 from regraft.passes.budget.candidate import Candidate, Composition, name_of
 from regraft.passes.budget.errors import BudgetError
-from regraft.passes.budget.estimate import Estimate, estimate
+from regraft.passes.budget.estimate import Estimate, confidence_of_look, estimate
 from regraft.passes.budget.neighbours import Space
 from regraft.passes.budget.probing import WORTH_IT, Measured, measure
 from regraft.passes.budget.token_sites import TokenSites
@@ -36,7 +36,8 @@ _RELAXED = (0.5, 0.2, 0.05)  # parts of the limit that are tried when no finalis
 @dataclass
 class Found:
     """What the search found. ``chosen`` is None where the exact model remains, and ``why`` says so in one sentence.
-    ``tried`` are all compositions that were run, ``predicted`` the solvers' front."""
+    ``tried`` are all compositions that were run, ``predicted`` the solvers' front. ``looks`` counts the compositions
+    that were held against the limit on held-out data."""
 
     chosen: Tried | None = None
     why: str = ""
@@ -46,6 +47,7 @@ class Found:
     measured: Measured = field(default_factory=Measured)
     stop: str = "done"
     seconds: float = 0.0
+    looks: int = 0
 
 
 def search(
@@ -121,12 +123,15 @@ class _Search:
         if not exact.within(self.budget.limit):
             raise BudgetError(
                 f"the calibration data are too few: {exact.samples} samples cannot show a loss of at most "
-                f"{self.budget.limit:g} at a confidence of {self.budget.confidence:g}; give more batches"
+                f"{self.budget.limit:g} at a confidence of {confidence_of_look(self.budget.confidence, 1):g}; give "
+                "more batches"
             )
         return exact
 
-    def _estimate(self, losses: Array) -> Estimate:
-        return estimate(losses, self.budget.confidence, self.budget.is_rate)
+    def _estimate(self, losses: Array, look: int = 1) -> Estimate:
+        """What the losses say of the mean, as sure as a look at held-out data must be. Calibration data are asked as
+        the first look is: what does not hold there will hardly hold on other data."""
+        return estimate(losses, confidence_of_look(self.budget.confidence, look), self.budget.is_rate)
 
     def _try(self, composition: Composition, space: Space) -> Tried:
         """Run a composition on the calibration data, once."""
@@ -209,13 +214,15 @@ class _Search:
         return min(held, key=lambda tried: tried.predicted_seconds, default=None)
 
     def _settle(self, space: Space) -> None:
-        """Measure the finalists, and take the fastest that holds on held-out data."""
+        """Measure the finalists, and take the fastest that holds on held-out data. What is looked at next depends on
+        these data by nothing but that all before failed, so that the looks may share one confidence."""
         for share in (1.0, *_RELAXED):
             for tried in self._timed(self._finalists(share, space)):
                 assert tried.seconds is not None
                 if not tried.seconds <= WORTH_IT * self.trials.exact_seconds:
                     break
-                tried.held_out = self._estimate(self.trials.held_out(tried.composition))
+                self.found.looks += 1
+                tried.held_out = self._estimate(self.trials.held_out(tried.composition), self.found.looks)
                 if tried.held_out.within(self.budget.limit):
                     self.found.chosen = tried
                     return

@@ -50,11 +50,12 @@ class BudgetPoint:
 class BudgetReport:
     """How a budget was spent. ``refused`` says why it could not be, ``kept_exact`` why nothing was worth it; with
     either the model is the exact one. ``loss`` was measured on calibration data, ``held_out`` on ``samples`` others by
-    the compiled model, ``held_out_bound`` is its upper bound at ``confidence``. Times are seconds a call, measured in
-    turn with the exact model; ``search_seconds`` is what finding this took, ``stop`` why it ended: "done" or "time
-    limit"; ``gap`` how far the solvers' choice is from their bound, 0 where they proved it the best.
+    the compiled model, ``held_out_bound`` is its upper bound at ``confidence``, which all ``looks`` share: the
+    compositions that were held against the limit on these data. Times are seconds a call, measured in turn with the
+    exact model; ``search_seconds`` is what finding this took, ``stop`` why it ended: "done" or "time limit"; ``gap``
+    how far the solvers' choice is from their bound, 0 where they proved it the best.
     ``inputs`` are those that the model was compiled for: other shapes get exact code, because their loss was not
-    measured.
+    measured. With symbolic sizes ``covers`` says which of them lossy code serves.
     """
 
     metric: str
@@ -68,6 +69,7 @@ class BudgetReport:
     held_out: float | None = None
     held_out_bound: float | None = None
     samples: int = 0
+    looks: int = 0
     exact_seconds: float | None = None
     predicted_seconds: float | None = None
     seconds: float | None = None
@@ -77,6 +79,7 @@ class BudgetReport:
     stop: str = "done"
     gap: float = 0.0
     inputs: str = ""
+    covers: str = ""
 
     def stands_beside(self, later: BudgetReport) -> bool:
         """Whether this remains what is told of a budget when ``later`` tells of a later compilation: that for other

@@ -114,7 +114,9 @@ def budget_rows(budget: BudgetReport) -> Iterator[tuple[str, str, str]]:
     yield "exact", "0", units.seconds(budget.exact_seconds)
     yield "predicted", units.drift(budget.predicted_loss), units.seconds(budget.predicted_seconds)
     yield "measured on calibration data", units.drift(budget.loss), units.seconds(budget.seconds)
-    bound = f"{units.drift(budget.held_out)} (at most {units.drift(budget.held_out_bound)} at {budget.confidence:.0%})"
+    looks = f", look {budget.looks}" if budget.looks > 1 else ""
+    sure = f"at most {units.drift(budget.held_out_bound)} at {budget.confidence:.0%}{looks}"
+    bound = f"{units.drift(budget.held_out)} ({sure})"
     yield f"measured on {budget.samples} samples held out", bound, ""
     yield "limit", f"{budget.limit:g}", ""
 

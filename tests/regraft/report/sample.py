@@ -124,6 +124,7 @@ def budget() -> BudgetReport:
         held_out=9e-4,
         held_out_bound=9.5e-4,
         samples=64,
+        looks=2,
         exact_seconds=4e-3,
         predicted_seconds=3.0e-3,
         seconds=2.9e-3,

@@ -78,7 +78,7 @@ def test_a_spent_budget_tells_decisions_and_what_was_predicted_beside_what_was_m
         "tokens tome, 8+8 of 64 1.0e-04 500 µs",
         "predicted 2.0e-04 3.00 ms",
         "measured on calibration data 8.0e-04 2.90 ms",
-        "measured on 64 samples held out 9.0e-04 (at most 9.5e-04 at 99%)",
+        "measured on 64 samples held out 9.0e-04 (at most 9.5e-04 at 99%, look 2)",
         "exact 1.0e-14 4.00 ms",
         "2.90 ms chosen tokens: tome, 8+8 of 64; linear layers 0: bf16",
         "tokens: tome loses least when half go evenly",
