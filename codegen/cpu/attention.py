@@ -37,8 +37,10 @@ def _is_native(context: Context, given: dict[str, Any], tuner: Tuner, other: str
     only be faster in the low precision that a processor computes in."""
     plain = all(given[name] is None for name in ("bias", "slopes", "sinks")) and not given["softcap"]
     narrow = plain and dtype(given["query"]) != torch.float32
-    if not (other == "sdpa" or (other == "blocks" and narrow)) or not measurable(context, given):
+    if other == "definition" or (other == "blocks" and not narrow):
         return True
+    if not measurable(context, given):
+        return dtype(given["query"]) == torch.float32
     form = shape_of(context, given)
     return tuner.choose_attention(form, lambda: sample(context, given, form, other)) == "native"
 

@@ -111,11 +111,20 @@ static void score_in_place(const Site &s, const Block &block, Rows keys, int64_t
         for (int64_t j = 0; j < keys.count; j++) scores[r * SCORE_STRIDE + done + j] = block.turned[j * FEW_ROWS + r];
 }
 
+// Asks for what is added to the scores of a panel of keys: its rows lie far apart, where the processor's own guess fails.
+static void fetch_mask(const Site &s, const Block &block, int64_t c) {
+    if (!s.mask || s.mask_strides[3] == 0) return;
+    for (const Query *q = block.queries; q < block.queries + block.rows; q++)
+        for (int64_t j = 0; j < PANEL; j += LINE) __builtin_prefetch(q->mask + c + j);
+}
+
 // Scores of a block of queries and `count` keys from `c` on, which starts a panel.
 static void score(const Site &s, const Block &block, int64_t c, int64_t count, float *scores) {
-    for (int64_t p = 0, columns = round_up(count, LANES); block.panels && p < count; p += PANEL)
+    for (int64_t p = 0, columns = round_up(count, LANES); block.panels && p < count; p += PANEL) {
+        fetch_mask(s, block, c + p);
         product(block.rows, smaller((int64_t)PANEL, columns - p), block.from, block.stride, block.panels + (c + p) * s.head_dim,
                 PANEL, s.head_dim, scores + p, SCORE_STRIDE, false);
+    }
     for (int64_t done = 0; !block.panels && done < count;) {
         Rows part = keys_from(s, block.b, block.kv_head, c + done, c + count);
         score_in_place(s, block, part, done, scores);
@@ -167,10 +176,12 @@ static void attend_block(const Site &s, const Block &block, Range keys, bool fir
         sums.totals[r] = sums.maxima[r] == -INFINITY ? 0 : 1;
     }
     for (const Range *range = ranges; range < ranges + count_ranges; range++)
-        for (int64_t next = range->first; next < range->last; next += KEY_BLOCK) {
+        for (int64_t next = range->first; next < range->last;) {
             Range part = {next, smaller(next + KEY_BLOCK, range->last)};
-            if (s.bits) part = narrowed(block.queries, block.rows, part);
+            next = part.last;
+            if (s.bits) part = first_run(block.queries, block.rows, part);
             if (part.first >= part.last) continue;
+            next = round_up(part.last, PANEL);
             int64_t c = part.first, count = part.last - c;
             score(s, block, c, count, scores);
             for (int64_t r = 0; r < block.rows; r++)

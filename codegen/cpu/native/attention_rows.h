@@ -64,7 +64,8 @@ static vec highest(const float *row, int64_t columns) {
 static float weigh(float *row, int64_t columns, vec top, float &maximum, float factor, float &rescale) {
     vec total = vec{};
     float before = maximum;
-    maximum = __builtin_fmaxf(before, largest(top) * factor);
+    float found = largest(top) * factor;
+    maximum = found > before ? found : before;
     rescale = 1;
     if (maximum == -INFINITY) {
         // No key so far; NaN must not be lost with the others.

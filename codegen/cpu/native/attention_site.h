@@ -5,6 +5,8 @@
 
 constexpr int64_t QUERY_BLOCK = 48, KEY_BLOCK = 512;
 constexpr int64_t SCORE_STRIDE = KEY_BLOCK + LANES;  // no power of two: rows would share their places in the cache
+constexpr int64_t LINE = 16;  // floats that memory gives at a time
+constexpr int64_t GAP = 64;  // keys that no row of a block sees: fewer are not worth leaving out
 constexpr int64_t MOST_SPANS = 8;
 constexpr int64_t FEW_ROWS = 32;  // queries that read keys where they lie
 constexpr int64_t ENOUGH_TASKS = 64;  // fewer blocks than these are parted by their keys, by KEY_BLOCK at least
@@ -110,19 +112,21 @@ INLINE int_vec word_of(const int32_t *bits, int64_t place) {
     return word;
 }
 
-// The part of some keys, of KEY_BLOCK at most, outside of which no row has a bit; it starts with a panel.
-static Range narrowed(const Query *queries, int64_t rows, Range part) {
+// The first run of some keys, of KEY_BLOCK at most, in which rows have bits; it starts with a panel and ends with the keys
+// or before GAP keys that no row sees. Nothing where there is none.
+static Range first_run(const Query *queries, int64_t rows, Range part) {
     int64_t first = part.last, last = part.first;
     for (int64_t word = part.first / LANES / WORD; word * WORD * LANES < part.last; word++) {
         int_vec used = {};
         for (const Query *q = queries; q < queries + rows; q++) used |= word_of(q->bits, word * WORD);
         uint32_t any = 0;
         for (int i = 0; i < LANES; i++) any |= (uint32_t)used[i];
-        for (int64_t t = 0; t < WORD; t++)
-            if (any >> t & 1) {
-                int64_t key = (word * WORD + t) * LANES;
-                if (key < part.last && key >= part.first) first = smaller(first, key), last = key + LANES;
-            }
+        for (int64_t t = 0; t < WORD; t++) {
+            int64_t key = (word * WORD + t) * LANES;
+            bool seen = any >> t & 1 && key < part.last && key >= part.first;
+            if (seen) first = smaller(first, key), last = key + LANES;
+            else if (first < last && key - last >= GAP) word = part.last, t = WORD;
+        }
     }
     return {larger(first / PANEL * PANEL, part.first), smaller(last, part.last)};
 }

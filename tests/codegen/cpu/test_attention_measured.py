@@ -44,6 +44,24 @@ def test_packed_documents_are_those_of_the_example() -> None:
 
 
 @needs_native
+def test_lengths_of_a_batch_are_those_of_the_example() -> None:
+    """PyTorch's kernel is charged for the mask that it needs in each call."""
+    record = measured(lambda x, counts: attend(x, "band(None,0) | lengths(0)", counts), X, torch.tensor([3, 20]))
+    assert set(record.seconds) == {"native", "sdpa"}
+
+
+@needs_native
+@pytest.mark.parametrize("mask", ["all", "band(-3,0)"])
+def test_low_precision_is_measured_beside_what_pytorch_computes_it_in(mask: str) -> None:
+    x = X.bfloat16()
+    program, tuner = captured(lambda x: attend(x, mask), (x,)), Tuner()
+    (found,) = lower(program, tuner)(x)
+    assert found.dtype == torch.bfloat16 and relative_l2(found, attend(x.float(), mask)) < 1e-2
+    (record,) = tuner.records.values()
+    assert set(record.seconds) == {"native", "sdpa"}
+
+
+@needs_native
 def test_a_constant_tree_is_known() -> None:
     tree = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & (torch.arange(LENGTH) % 3 != 1)
     tree |= torch.eye(LENGTH, dtype=torch.bool)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.codegen.cpu import tuning
+from regraft.codegen.cpu.attention_measured import AttentionShape, Sample
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, applicable
 from regraft.codegen.cpu.tuning import Tuner, TuningRecord
 
@@ -72,6 +73,16 @@ def test_ours_joins_its_neighbours_where_it_is_as_fast(
         pytest.skip("there are not both kernels on this machine")
     measuring(monkeypatch, {"plain": 9.0, "onednn": 1.0, "native": native})
     assert Tuner().choose(SHAPE, WEIGHT) == chosen
+
+
+@pytest.mark.parametrize(("native", "chosen"), [(1.02, "native"), (1.05, "sdpa"), (0.5, "native")])
+def test_attention_of_pytorch_runs_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, native: float, chosen: str
+) -> None:
+    shape = AttentionShape(1, 2, 2, 8, 8, 4, 4, "all", False, torch.float32)
+    measuring(monkeypatch, {"sdpa": 1.0, "native": native})
+    sample = Sample({"sdpa": lambda: None, "native": lambda: None})
+    assert Tuner().choose_attention(shape, lambda: sample) == chosen
 
 
 def lines(record: TuningRecord) -> bytes:

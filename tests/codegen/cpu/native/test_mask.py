@@ -80,9 +80,9 @@ def test_blocks_of_keys_that_no_row_sees_are_not_read() -> None:
     """Values there may be anything."""
     length = 1300
     far = torch.zeros(1, 1, 1, length, dtype=torch.bool)
-    far[..., 600:640] = True
+    far[..., 600:640], far[..., 900:910] = True, True
     query, key, value = draw(1, 1, 9, 8), draw(1, 1, length, 8, seed=1), draw(1, 1, length, 8, seed=2)
-    value[:, :, :512], value[:, :, 1024:] = torch.nan, torch.nan
+    value[:, :, :512], value[:, :, 720:880], value[:, :, 1024:] = torch.nan, torch.nan, torch.nan
     bits = mask_bits(NATIVE.library(), parse("dense(0)"), [far], 1, 9, length)
     found = attend_native(query, key, value, None, None, None, 0.3, 0.0, None, bits, "zero")
     seen = far.expand(1, 1, 9, length)
