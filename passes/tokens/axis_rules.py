@@ -110,9 +110,10 @@ def batch_norm(walk: Walk, node: fx.Node) -> Step:
 
 @_rule(ops.rope)
 def rope(walk: Walk, node: fx.Node) -> Step:
-    """Rotation by position: the tables are read at the tokens that stay."""
+    """Rotation by position, before heads and tokens change places or behind it: the tables are read at the tokens that
+    stay."""
     found = _only(walk, node, "x")
-    if found is None or axis.span_dim(found[1]) != -2:
+    if found is None or not axis.is_plain(found[1][-1]):
         return barrier("rotary embedding of something that is not a sequence of tokens")
     return equivariant(found[1])
 

@@ -18,7 +18,7 @@ from regraft.ir.nodes import arguments, shape, user_line
 from regraft.ir.program import Program
 from regraft.passes.refused import Refused
 from regraft.passes.tokens.layout import Batch, Span, plain
-from regraft.passes.tokens.sites import Site, attentions, find_site, leading_constants, projected
+from regraft.passes.tokens.sites import Site, attentions, constant_ends, find_site, projected
 from regraft.passes.tokens.step import Duty, Kind, Step
 from regraft.passes.tokens.walk import Walk
 
@@ -222,6 +222,6 @@ def _protect(program: Program, found: Legality, protect: int, protect_end: int) 
     steps = found.walk.steps.values()
     held = [found.walk.layouts[site.anchor] for site in found.sites.values()]
     width = shape(next(iter(found.sites.values())).anchor)[2] if held else 1
-    constants = leading_constants(program, found.walk.tokens, width)
-    found.prefix = max([protect, constants, *(step.prefix for step in steps)])
-    found.suffix = max([protect_end, *(step.suffix for step in steps)])
+    front, end = constant_ends(program, found.walk.tokens, width)
+    found.prefix = max([protect, front, *(step.prefix for step in steps)])
+    found.suffix = max([protect_end, end, *(step.suffix for step in steps)])

@@ -60,9 +60,8 @@ class Planner:
         if self.method.metric == "random":
             return self._random(rebuild, build, (_RANDOM_WIDTH,))
         key = arguments(site.attention)["key"]
-        if is_call(key, (ops.rope,)):
-            key = key.args[0]  # positions are no content
-        return build.call(aten.mean.dim, rebuild.value(key), [-3])
+        content = _unrotated(rebuild, build, key) or rebuild.value(key)
+        return build.call(aten.mean.dim, content, [-3])
 
     def _scores(self, rebuild: Rebuild, build: Builder, site: Site, keep: fx.Node | None) -> fx.Node | None:
         kind = self.method.score
@@ -112,3 +111,13 @@ class Planner:
         if present.meta["val"].dtype != torch.bool:
             present = build.call(aten.ne.Scalar, present, 0)
         return build.call(aten.expand.default, present, [stages.batch, stages.left(stage)])
+
+
+def _unrotated(rebuild: Rebuild, build: Builder, key: fx.Node) -> fx.Node | None:
+    """Keys before their rotary embedding, because positions are no content; None where they have none."""
+    if is_call(key, (ops.rope,)):
+        return rebuild.value(arguments(key)["x"])
+    if not is_call(key, (aten.permute.default, aten.to.dtype)):
+        return None
+    inner = _unrotated(rebuild, build, key.all_input_nodes[0])
+    return None if inner is None else build.call(key.target, inner, *key.args[1:], **key.kwargs)  # type: ignore[arg-type]

@@ -89,6 +89,8 @@ def join_of(attention: fx.Node) -> fx.Node:
             raise Refused("what the attention gives is read in several places, or by nothing", node)
         if is_call(user, _JOINS) and _alike(user, node):
             return user
+        if is_call(user, (ops.merge_tokens,)):
+            raise Refused("it attends to all tokens, and joins those that an earlier reduction left", node)
         if not (is_call(user, _BETWEEN) or is_cast(user) or _is_unary(user)):
             raise Refused(f"{user.target} stands between the attention and the residual sum", user)
         node = user
@@ -111,22 +113,25 @@ def _sole_reader(node: fx.Node) -> fx.Node | None:
     return readers[0] if len(readers) == 1 and readers[0].op == "call_function" else None
 
 
-def leading_constants(program: Program, tokens: int, width: Any) -> int:
-    """How many tokens in front come from weights, not from an input: class, distillation and register tokens."""
-    most = 0
+def constant_ends(program: Program, tokens: int, width: Any) -> tuple[int, int]:
+    """How many tokens in front and at the end come from weights, not from an input: class, distillation and register
+    tokens."""
+    front = end = 0
     for node in program.graph.nodes:
         if is_call(node, (aten.cat.default,)) and _is_stream(node, width) and size_equal(shape(node)[1], tokens):
-            found = _leading(program, node, _LONGEST_WAY)
-            most = max(most, found if found < tokens else 0)  # a table of places is all weights
-    return most
+            ends = [_constants(program, node, _LONGEST_WAY, last) for last in (False, True)]
+            if max(ends) < tokens:  # a table of places is all weights
+                front, end = max(front, ends[0]), max(end, ends[1])
+    return front, end
 
 
 def _is_stream(node: Any, width: Any) -> bool:
     return is_tensor(node) and rank(node) == 3 and size_equal(shape(node)[2], width)
 
 
-def _leading(program: Program, node: fx.Node, depth: int) -> int:
-    """How many of the tokens of ``[batch, tokens, width]`` in front are made of weights alone."""
+def _constants(program: Program, node: fx.Node, depth: int, last: bool) -> int:
+    """How many of the tokens of ``[batch, tokens, width]`` in front, or at the end (``last``), are made of weights
+    alone."""
     tokens = shape(node)[1]
     if not isinstance(tokens, int) or not depth:
         return 0
@@ -134,20 +139,23 @@ def _leading(program: Program, node: fx.Node, depth: int) -> int:
         return tokens
     if is_call(node, (aten.slice.Tensor,)) and arguments(node)["dim"] % 3 == 1 and arguments(node)["step"] == 1:
         source, given = arguments(node)["self"], arguments(node)
-        start, stop, _ = slice(given["start"], given["end"]).indices(int(shape(source)[1]))
-        return max(0, min(_leading(program, source, depth - 1), stop) - start)
+        whole = int(shape(source)[1])
+        start, stop, _ = slice(given["start"], given["end"]).indices(whole)
+        cut = whole - stop if last else start
+        return max(0, min(_constants(program, source, depth - 1, last) - cut, stop - start))
     if is_call(node, (aten.cat.default,)) and arguments(node)["dim"] % 3 == 1:
-        return _leading_of_parts(program, arguments(node)["tensors"], depth)
+        parts = arguments(node)["tensors"]
+        return _constants_of_parts(program, parts[::-1] if last else parts, depth, last)
     if is_pointwise(node):
         operands = [source for source in node.all_input_nodes if is_tensor(source) and _is_aligned(source, node)]
-        return min((_leading(program, source, depth - 1) for source in operands), default=0)
+        return min((_constants(program, source, depth - 1, last) for source in operands), default=0)
     return 0
 
 
-def _leading_of_parts(program: Program, parts: list[fx.Node], depth: int) -> int:
+def _constants_of_parts(program: Program, parts: list[fx.Node], depth: int, last: bool) -> int:
     count = 0
     for part in parts:
-        found = _leading(program, part, depth - 1)
+        found = _constants(program, part, depth - 1, last)
         count += found
         if found < shape(part)[1]:
             break

@@ -161,6 +161,23 @@ def test_tokens_that_are_read_by_place_are_protected() -> None:
     assert ends["last"] == (0, 1) and ends["mean"] == (0, 0)
 
 
+@pytest.mark.parametrize(("front", "end"), [(3, 0), (0, 3), (1, 2)])
+def test_tokens_that_come_from_weights_are_protected_at_either_end(front: int, end: int) -> None:
+    class Registers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.end = (nn.Parameter(numbers(1, count, WIDTH)) for count in (front, end))
+            self.places = nn.Parameter(numbers(1, TOKENS + front + end, WIDTH))
+            self.encoder = Encoder([(False, False)] * 2, "mean").double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            sides = [side.expand(x.shape[0], -1, -1) for side in (self.front, self.end)]
+            return self.encoder(torch.cat((sides[0], x, sides[1]), 1) + self.places)  # type: ignore[no-any-return]
+
+    found = examine(recognised(Registers(), (numbers(2, TOKENS, WIDTH),)))
+    assert (found.prefix, found.suffix) == (front, end)
+
+
 @pytest.mark.parametrize(
     ("head", "reason"),
     [
@@ -199,6 +216,25 @@ def test_windows_are_refused_with_the_users_line() -> None:
         "the batch of the attention is made of windows or groups of the samples"
     )
     assert "modeling_swin.py" in session.log.refusals[0].user_line
+
+
+def test_an_attention_over_all_tokens_cannot_reduce_the_stream_that_was_reduced_before_it() -> None:
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(False, False), Block(False, False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = x + self.second.attend(x.cumsum(1))
+            return (x + self.second.mlp(x)).mean(1)
+
+    session = Session(verify="off")
+    program = recognised(Running().double(), (numbers(2, TOKENS, WIDTH),))
+    assert ReduceTokens(3, "tome-stream").run(program, session) == 1
+    (refused,) = session.log.refusals
+    assert refused.reason.startswith("it attends to all tokens, and joins those that an earlier reduction left")
+    assert "test_legality.py" in refused.user_line
 
 
 class Causal(nn.Module):

@@ -305,3 +305,45 @@ def test_a_request_that_does_not_fit_is_refused(options: dict[str, object], mess
     program = recognised(tiny("vit"), images())
     with pytest.raises(ReductionError, match=message):
         ReduceTokens(**options).run(program, Session())  # type: ignore[arg-type]
+
+
+class Rotary(torch.nn.Module):
+    """Blocks over ``[batch, tokens, 16]`` with rotary embedding, applied before heads and tokens change places or
+    behind it; the mean of the tokens."""
+
+    def __init__(self, heads_first: bool, tokens: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads_first = heads_first
+        self.projections, self.up = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        angles = torch.arange(tokens)[:, None] / 10.0 ** torch.arange(4)
+        self.register_buffer("cos", torch.cat((angles, angles), -1).cos())
+        self.register_buffer("sin", torch.cat((angles, angles), -1).sin())
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """``[batch, tokens, heads, width]`` to ``[batch, heads, tokens, width]``."""
+        cos, sin = (self.cos, self.sin) if self.heads_first else (self.cos[:, None], self.sin[:, None])
+        x = x.transpose(1, 2) if self.heads_first else x
+        first, second = x.chunk(2, dim=-1)
+        x = x * cos + torch.cat((-second, first), dim=-1) * sin
+        return x if self.heads_first else x.transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            q, k, v = self.projections(x).reshape(*x.shape[:2], 3, 2, 8).unbind(2)
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                self.rotated(q), self.rotated(k), v.transpose(1, 2)
+            )
+            x = x + attended.transpose(1, 2).flatten(2)
+            x = x + self.up(x).relu()
+        return x.mean(1)
+
+
+def test_rotary_embedding_may_come_before_the_heads_are_parted() -> None:
+    x, results = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(1)), []
+    for heads_first in (True, False):
+        program = recognised(Rotary(heads_first, 12), (x,))
+        assert sum(node.target is ops.rope for node in program.graph.nodes) == 4
+        assert reduced(program, (3, 2)).log.of("reduce-tokens").fired == 2
+        results.append(outputs(program)[0])
+    assert relative(results[1], results[0]) <= 1e-6
