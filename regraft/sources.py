@@ -65,11 +65,12 @@ def read_inputs(path: str | os.PathLike[str]) -> tuple[tuple[Tensor, ...], dict[
             f"the inputs {shown} cannot be read ({first_line(error)}); give a "
             "file written by safetensors.torch.save_file"
         ) from error
-    places = sorted(int(name) for name in held if name.isdecimal())
-    if places != list(range(len(places))):
-        raise SourceError(f"the inputs {shown} have the positions {places}; number them 0, 1, … without a gap")
+    places = sorted(filter(str.isdecimal, held), key=int)
+    if places != [str(place) for place in range(len(places))]:
+        given = ", ".join(places)
+        raise SourceError(f"the inputs {shown} have the positions {given}; number them 0, 1, … without a gap")
     named = {name: value for name, value in held.items() if not name.isdecimal()}
-    return tuple(held[str(place)] for place in places), named
+    return tuple(held[place] for place in places), named
 
 
 def _from_pt2(path: Path) -> Source:

@@ -45,8 +45,12 @@ class Budget:
             raise BudgetError(f"the confidence {self.confidence!r} was given; give a number from 0.5 to 1, 1 excluded")
         if not _is_number(self.seconds) or not 0 < self.seconds < math.inf:
             raise BudgetError(f"seconds={self.seconds!r} was given; give a number above 0")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise BudgetError(f"seed={self.seed!r} was given; give a whole number")
         if isinstance(self.families, str):
             raise BudgetError(f"families={self.families!r} was given; give a tuple of names, as ({self.families!r},)")
+        if self.families is not None and not (self.families and all(isinstance(name, str) for name in self.families)):
+            raise BudgetError(f"families={self.families!r} was given; give names, or None for all")
 
     def allows(self, family: str) -> bool:
         """Whether rewrites of a family may be made."""

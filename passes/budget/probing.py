@@ -13,7 +13,7 @@ from regraft.passes.budget.candidate import Candidate, Composition, composed
 from regraft.passes.budget.estimate import typical
 from regraft.passes.budget.token_sites import TokenSites
 from regraft.passes.budget.token_table import Cut, table
-from regraft.passes.budget.trials import Array, Clock, Trials, mean
+from regraft.passes.budget.trials import Array, Clock, Trials, checked, mean
 from regraft.solvers.schedule.tokens import TokenTable
 
 #: A rewrite is worth offering when the model takes at most this part of the exact model's time with it everywhere.
@@ -117,7 +117,7 @@ class _Probe:
 
     def _note(self, candidate: Candidate, loss: float, saved: float) -> None:
         if loss <= self.limit:
-            self.found.loss[candidate], self.found.saved[candidate] = loss, saved
+            self.found.loss[candidate], self.found.saved[candidate] = max(loss, 0.0), saved
 
     def tokens(self, sites: TokenSites) -> None:
         """The method, and the tables of its schedules."""
@@ -161,7 +161,8 @@ class _Probe:
         typicals = {cut: typical(losses, self.is_rate) for cut, losses in found.items()}
         told = [cut for cut, value in typicals.items() if math.isfinite(value) and value > 0]
         if told:
-            self.found.tail = sum(mean(found[cut]) for cut in told) / sum(typicals[cut] for cut in told)
+            means = sum(mean(found[cut]) for cut in told)
+            self.found.tail = max(means, 0.0) / sum(typicals[cut] for cut in told)
         return {cut: self.found.tail * value for cut, value in typicals.items()}
 
     def _timed(
@@ -201,7 +202,7 @@ class _Probe:
 
     def _losses(self, composition: Composition, batches: int) -> Array:
         began = self.clock.spent
-        losses = self.trials.losses(composition, batches)
+        losses = checked(self.trials.losses(composition, batches), self.limit)
         self.found.per_batch = (self.clock.spent - began) / batches
         return losses
 

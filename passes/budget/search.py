@@ -18,7 +18,7 @@ from regraft.passes.budget.estimate import Estimate, confidence_of_look, estimat
 from regraft.passes.budget.neighbours import Space
 from regraft.passes.budget.probing import WORTH_IT, Measured, measure
 from regraft.passes.budget.token_sites import TokenSites
-from regraft.passes.budget.trials import Array, Clock, Trials, Tried
+from regraft.passes.budget.trials import Array, Clock, Trials, Tried, checked
 from regraft.solvers.schedule.choice import Choice
 
 _LADDER = 14  # limits that the solvers are asked about
@@ -116,9 +116,11 @@ class _Search:
                 "model's outputs and the metric"
             )
         if abs(exact.mean) > self.budget.limit:
+            told = "a metric must be 0 for equal outputs, and more for others"
+            if isinstance(self.budget.metric, str):
+                told = "it rounds in another order than the original; give a larger limit, or 0 for the exact model"
             raise BudgetError(
-                f"the exact model has a loss of {exact.mean:.2g}, and the limit is {self.budget.limit:g}; a metric "
-                "must be 0 for equal outputs, and more for others"
+                f"the exact model has a loss of {exact.mean:.2g}, and the limit is {self.budget.limit:g}; {told}"
             )
         if not exact.within(self.budget.limit):
             raise BudgetError(
@@ -131,7 +133,8 @@ class _Search:
     def _estimate(self, losses: Array, look: int = 1) -> Estimate:
         """What the losses say of the mean, as sure as a look at held-out data must be. Calibration data are asked as
         the first look is: what does not hold there will hardly hold on other data."""
-        return estimate(losses, confidence_of_look(self.budget.confidence, look), self.budget.is_rate)
+        sure = confidence_of_look(self.budget.confidence, look)
+        return estimate(checked(losses, self.budget.limit), sure, self.budget.is_rate)
 
     def _try(self, composition: Composition, space: Space) -> Tried:
         """Run a composition on the calibration data, once."""
@@ -266,12 +269,14 @@ class _Search:
     def _why(self) -> str:
         limit = f"{self.budget}"
         if not any(self._holds(tried) for tried in self.found.tried):
-            means = [tried.loss.mean for tried in self.found.tried if tried.loss is not None]
-            least = min((mean for mean in means if not math.isnan(mean)), default=math.nan)
-            if math.isnan(least):
+            known = [tried.loss for tried in self.found.tried if tried.loss is not None]
+            told = [loss for loss in known if not math.isnan(loss.mean)]
+            if not told:
                 return "the metric is not a number (NaN) for every rewritten model; check the metric"
+            mildest = min(told, key=lambda loss: loss.mean)
             return (
-                f"no rewrite keeps {limit}: the mildest that was tried loses {least:.2g}; give a larger limit, or more "
+                f"no rewrite keeps {limit}: the mildest that was tried loses {mildest.mean:.2g}, which may be "
+                f"{mildest.upper:.2g} as far as {mildest.samples} samples tell; give a larger limit, or more "
                 "calibration data"
             )
         if any(tried.held_out is not None for tried in self.found.tried):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.passes.budget.candidate import Composition
+from regraft.passes.budget.errors import BudgetError
 from regraft.passes.budget.estimate import Estimate
 
 Array = NDArray[np.float64]
@@ -84,6 +85,16 @@ class Clock:
     def part(self, share: float) -> bool:
         """Whether less than this part of the time is spent."""
         return self.spent < share * self.seconds
+
+
+def checked(losses: Array, limit: float) -> Array:
+    """Losses as they are. Raises ``BudgetError`` where their mean is as far below 0 as ``limit`` is above: they are
+    likenesses, or have their sign turned, and everything would keep the limit."""
+    if mean(losses) < -limit:
+        raise BudgetError(
+            f"the metric gives a loss of {mean(losses):.2g}; a loss must be 0 for equal outputs, and more for others"
+        )
+    return losses
 
 
 def mean(losses: Array) -> float:

@@ -120,13 +120,16 @@ def check_output(*paths: Path | None, keep: Iterable[str | Path | None] = ()) ->
 
     ``keep`` names what is read, and must not be written over.
     """
-    taken = {Path(path).resolve(): "is read" for path in keep if path is not None}
+    taken = {os.path.realpath(path): "is read" for path in keep if path is not None}
     for path in paths:
         if path is None:
             continue
-        if path.resolve() in taken:
-            raise UsageFault(f"{path} {taken[path.resolve()]} by the same command; give another output")
-        taken[path.resolve()] = "is written"
+        place = os.path.realpath(path)  # where links lead to; one that leads to itself stays what it is
+        if place in taken:
+            raise UsageFault(f"{path} {taken[place]} by the same command; give another output")
+        if Path(place).is_symlink():
+            raise UsageFault(f"{path} is a link that leads to itself; give another output")
+        taken[place] = "is written"
         if path.is_dir():
             raise UsageFault(f"{path} is a folder, and the output must be a file; give a file name in it")
         if not path.parent.is_dir():

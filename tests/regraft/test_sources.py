@@ -81,6 +81,8 @@ def test_inputs_from_a_file_take_the_place_of_the_sources_own(factories: str, tm
     assert source.args[0].shape == (5, 2) and list(source.kwargs) == ["mask"]
     save_file({"1": torch.zeros(1)}, tmp_path / "gap.safetensors")
     assert "without a gap" in refusal(f"{factories}:alone", inputs=tmp_path / "gap.safetensors")
+    save_file({"0": torch.zeros(1), "00": torch.zeros(1)}, tmp_path / "twice.safetensors")
+    assert "the positions 0, 00; number them" in refusal(f"{factories}:alone", inputs=tmp_path / "twice.safetensors")
     assert "cannot be read" in refusal(f"{factories}:alone", inputs=tmp_path / "absent.safetensors")
 
 

@@ -25,6 +25,9 @@ from regraft.passes.budget.estimate import estimate, median_bound, rate_bound, t
         ({"metric": max, "output": "logits"}, "which sees all outputs"),
         ({"confidence": 1.0}, "give a number from 0.5 to 1"),
         ({"seconds": 0}, "give a number above 0"),
+        ({"seed": "today"}, "give a whole number"),
+        ({"families": ()}, "give names, or None for all"),
+        ({"families": ("tokens", 3)}, "give names, or None for all"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(given: dict[str, object], reason: str) -> None:

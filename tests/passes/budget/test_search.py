@@ -142,6 +142,7 @@ def test_what_does_not_hold_on_held_out_data_is_relaxed_until_it_does() -> None:
 def test_where_nothing_holds_the_exact_model_remains_and_the_reason_is_told() -> None:
     far = search(Arithmetic(), Budget("kl", 1e-9), [], SITES)
     assert far.chosen is None and "no rewrite keeps kl ≤ 1e-09" in far.why
+    assert "as far as 400 samples tell" in far.why
     other = search(Arithmetic(drift=1e6), Budget("kl", 5e-3), [], SITES)
     assert other.chosen is None and "on those held out" in other.why
 
@@ -165,8 +166,32 @@ def test_a_metric_that_is_not_a_number_is_refused() -> None:
 
 
 def test_an_exact_model_that_has_a_loss_is_refused() -> None:
-    with pytest.raises(BudgetError, match=r"the exact model has a loss of 0\.9"):
-        search(Arithmetic(broken=0.9), Budget("kl", 0.5), [], SITES)
+    def likeness(output: object, reference: object) -> float:
+        return 1.0
+
+    with pytest.raises(
+        BudgetError, match=r"a loss of 0\.9, and the limit is 0\.5; a metric must be 0 for equal outputs"
+    ):
+        search(Arithmetic(broken=0.9), Budget(likeness, 0.5), [], SITES)
+    with pytest.raises(BudgetError, match=r"a loss of 1e-07, and the limit is 1e-08; it rounds in another order"):
+        search(Arithmetic(broken=1e-7), Budget("kl", 1e-8), [], SITES)
+
+
+class Turned(Arithmetic):
+    """Gives losses with their sign turned."""
+
+    def losses(self, composition: Composition, batches: int | None = None) -> Array:
+        return -super().losses(composition, batches)
+
+
+def test_a_metric_with_its_sign_turned_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"a loss of -1; a loss must be 0 for equal outputs, and more for others"):
+        search(Turned(switches={"a": 1.0}), Budget("kl", 0.1), candidates("a"), None)
+
+
+def test_a_model_that_is_better_now_and_then_may_be_chosen() -> None:
+    found = search(Turned(switches={"a": 1e-3}), Budget("kl", 0.1), candidates("a"), None)
+    assert found.chosen is not None and found.chosen.loss is not None and found.chosen.loss.mean < 0
 
 
 def test_too_few_samples_for_a_rate_are_refused() -> None:
