@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def write_out_negated(program: Program) -> None:
             if not _is_negated(node.meta["val"]):
                 continue  # a view of what was written out
         before = first if node.op == "placeholder" else node.next
-        build = Builder(program.graph, before, program.fake_mode, lambda meta=dict(node.meta): meta)
+        build = Builder(program.graph, before, program.fake_mode, partial(dict, node.meta))
         written = build.call(torch.ops.aten.resolve_neg.default, node)
         for user in readers:
             user.replace_input_with(node, written)

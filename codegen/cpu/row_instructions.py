@@ -203,9 +203,9 @@ def _move(c: Emitter, node: fx.Node, pieces: Iterable[tuple[int, int, dict[str, 
     width, made = c.width_of(node), -1
     for source, columns, fields in pieces:
         if made < 0:
-            made = c.emit("move", width, a=source, c=columns, **fields)
+            made = c.emit("move", width, a=source, columns=columns, **fields)
         else:
-            c.code.append(Instruction("move", to=made, a=source, c=columns, width=width, **fields))
+            c.code.append(Instruction("move", to=made, a=source, columns=columns, width=width, **fields))
     return made
 
 

@@ -87,7 +87,9 @@ class _Compiler(Emitter):
             raise Unfusable(f"{operands} operands and {len(self.axes)} axes are too many for one program")
         for number, result in enumerate(results):
             self.code.append(
-                Instruction("store", a=self._held[result], b=len(self.reads) + number, width=self.width_of(result))
+                Instruction(
+                    "store", a=self._held[result], operand=len(self.reads) + number, width=self.width_of(result)
+                )
             )
         columns = max(item.width for item in self.code)
         if self.whole and columns > _LONGEST_ROW:
@@ -170,7 +172,7 @@ class _Compiler(Emitter):
 
     def _load(self, operand: fx.Node, labels: Labels, width: int) -> int:
         self.reads.append((operand, labels))
-        return self.emit("load", width, b=len(self.reads) - 1)
+        return self.emit("load", width, operand=len(self.reads) - 1)
 
     def _kept(self, key: Any, make: Callable[[], int]) -> int:
         if key not in self._held:
@@ -180,8 +182,7 @@ class _Compiler(Emitter):
 
 def _sources(item: Instruction) -> tuple[str, ...]:
     """The fields of an instruction that name registers which it reads."""
-    fields = {"load": (), "fill": (), "store": ("a",), "move": ("a",)}.get(item.word, ("a", "b", "c"))
-    return tuple(name for name in fields if getattr(item, name) >= 0)
+    return tuple(name for name in ("a", "b", "c") if getattr(item, name) >= 0)
 
 
 def _read(item: Instruction) -> set[int]:

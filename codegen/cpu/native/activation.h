@@ -8,7 +8,7 @@ enum Activation { NONE, RELU, SIGMOID, TANH, SILU, GELU, GELU_TANH, QUICK_GELU, 
 INLINE vec activated(vec x, int32_t activation) {
     switch (activation) {
     case RELU: return x < splat(0.0f) ? splat(0.0f) : x;
-    case SIGMOID: return splat(1.0f) / (splat(1.0f) + exp2_of(smaller(x * splat(-LOG2_E), splat(127.0f))));
+    case SIGMOID: return splat(1.0f) / (splat(1.0f) + exp2_of(smaller(splat(127.0f), x * splat(-LOG2_E))));  // NaN stays
     case TANH: return tanh_of(x);
     case SILU: return silu(x);
     case GELU: return x * splat(0.5f) * (splat(1.0f) + erf_of(x * splat(0.7071067811865476f)));

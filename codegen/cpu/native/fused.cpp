@@ -16,12 +16,12 @@ enum class Word : int32_t {
     WHERE,
 };
 
-// `to`, `a`, `b`, `c` are registers, -1 for none; `width` is the columns of `to`, or of what STORE reads. LOAD and STORE
-// have the operand in `b`. MOVE copies every `step`-th column of `a`, which has `c`, `from_width` of them, from `first`
-// on to every `to_step`-th of `to` from `at` on. Where a binary operator has no `b`, it is `number`.
+// `to`, `a`, `b`, `c` are registers, -1 for none; `width` is the columns of `to`, or of what STORE reads. LOAD reads
+// `operand`, STORE writes it. MOVE copies every `step`-th column of `a`, which has `columns`, `from_width` of them, from
+// `first` on to every `to_step`-th of `to` from `at` on. Where a binary operator has no `b`, it is `number`.
 struct Instruction {
     Word word;
-    int32_t to, a, b, c, width, from_width, first, step, at, to_step;
+    int32_t to, a, b, c, operand, width, columns, from_width, first, step, at, to_step;
     float number;
 };
 
@@ -152,11 +152,11 @@ static int64_t row_step(const Fused &s, int64_t operand) { return s.axes ? s.str
 
 template <typename Kind>
 static const float *load_rows(const Fused &s, const Instruction &at, const Block &block, float *to) {
-    const Kind *from = (const Kind *)s.operands[at.b];
-    int64_t step = row_step(s, at.b), across = s.strides[at.b][MOST_AXES], width = width_of(s, at, block);
+    const Kind *from = (const Kind *)s.operands[at.operand];
+    int64_t step = row_step(s, at.operand), across = s.strides[at.operand][MOST_AXES], width = width_of(s, at, block);
     int64_t column = at.width == 1 ? 0 : block.column;
     const float *direct = nullptr;
-    runs(s, at.b, block, [&](int64_t done, int64_t count, int64_t place) {
+    runs(s, at.operand, block, [&](int64_t done, int64_t count, int64_t place) {
         const Kind *rows = from + place + column * across;
         float *out = to + done * width;
         bool dense = (across == 1 || width == 1) && (step == width || count == 1);  // one after the other
@@ -187,10 +187,10 @@ static const float *load_rows(const Fused &s, const Instruction &at, const Block
 
 template <typename Kind>
 static void store_rows(const Fused &s, const Instruction &at, const Block &block, const float *from) {
-    Kind *to = (Kind *)s.operands[at.b];
-    int64_t step = row_step(s, at.b), across = s.strides[at.b][MOST_AXES], width = width_of(s, at, block);
+    Kind *to = (Kind *)s.operands[at.operand];
+    int64_t step = row_step(s, at.operand), across = s.strides[at.operand][MOST_AXES], width = width_of(s, at, block);
     int64_t column = at.width == 1 ? 0 : block.column;
-    runs(s, at.b, block, [&](int64_t done, int64_t count, int64_t place) {
+    runs(s, at.operand, block, [&](int64_t done, int64_t count, int64_t place) {
         Kind *rows = to + place + column * across;
         const float *in = from + done * width;
         if constexpr (sizeof(Kind) == sizeof(float)) {
@@ -204,10 +204,10 @@ static void store_rows(const Fused &s, const Instruction &at, const Block &block
     });
 }
 
-static void move(const Instruction &at, int64_t rows, float *to, const float *from, int64_t from_columns) {
+static void move(const Instruction &at, int64_t rows, float *to, const float *from) {
     for (int64_t r = 0; r < rows; r++) {
         float *out = to + r * at.width + at.at;
-        const float *in = from + r * from_columns + at.first;
+        const float *in = from + r * at.columns + at.first;
         if (at.step == 1 && at.to_step == 1)
             memcpy(out, in, at.from_width * sizeof(float));
         else
@@ -220,16 +220,14 @@ static void run_block(const Fused &s, const Block &block, float *const *own, con
         const Instruction &at = *p;
         int64_t width = width_of(s, at, block), count = block.rows * width;
         float *to = at.to < 0 ? nullptr : own[at.to];
-        // A word's fields need not be registers: LOAD and STORE name an operand by b, MOVE counts columns by c.
-        bool b_is_operand = at.word == Word::LOAD || at.word == Word::STORE;
-        const float *a = at.a < 0 ? nullptr : held[at.a], *b = at.b < 0 || b_is_operand ? nullptr : held[at.b];
-        const float *c = at.word == Word::WHERE ? held[at.c] : nullptr;
+        const float *a = at.a < 0 ? nullptr : held[at.a], *b = at.b < 0 ? nullptr : held[at.b];
+        const float *c = at.c < 0 ? nullptr : held[at.c];
         float n = at.number;
         switch (at.word) {
-        case Word::LOAD: held[at.to] = s.kinds[at.b] ? load_rows<uint8_t>(s, at, block, to) : load_rows<float>(s, at, block, to); continue;
-        case Word::STORE: s.kinds[at.b] ? store_rows<uint8_t>(s, at, block, a) : store_rows<float>(s, at, block, a); continue;
+        case Word::LOAD: held[at.to] = s.kinds[at.operand] ? load_rows<uint8_t>(s, at, block, to) : load_rows<float>(s, at, block, to); continue;
+        case Word::STORE: s.kinds[at.operand] ? store_rows<uint8_t>(s, at, block, a) : store_rows<float>(s, at, block, a); continue;
         case Word::FILL: fill(to, count, [&](auto) { return splat(n); }); break;
-        case Word::MOVE: move(at, block.rows, to, a, at.c); break;
+        case Word::MOVE: move(at, block.rows, to, a); break;
         case Word::EXPAND:  // whole vectors: what is too much is written over by the next row, or lies behind the register
             for (int64_t r = 0; r < block.rows; r++)
                 for (int64_t i = 0; i < width; i += LANES) store(to + r * width + i, splat(a[r]));

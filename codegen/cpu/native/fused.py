@@ -21,18 +21,22 @@ WORDS = (
     "where",
 )  # fmt: skip
 MOST_OPERANDS, MOST_AXES = 16, 4
+_PACKING = struct.Struct("13if")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """``Instruction`` in ``fused.cpp``, field by field: registers, -1 for none; what else a word wants."""
+    """``Instruction`` in ``fused.cpp``, field by field: registers, -1 for none; the operand that is read or written;
+    what else a word wants."""
 
     word: str
     to: int = -1
     a: int = -1
     b: int = -1
     c: int = -1
+    operand: int = -1
     width: int = 1
+    columns: int = 0
     from_width: int = 0
     first: int = 0
     step: int = 1
@@ -42,9 +46,9 @@ class Instruction:
 
     def packed(self) -> bytes:
         """As the kernel reads it."""
-        numbers = (self.to, self.a, self.b, self.c, self.width, self.from_width)
-        moved = (self.first, self.step, self.at, self.to_step)
-        return struct.pack("11if", WORDS.index(self.word), *numbers, *moved, self.number)
+        numbers = (self.to, self.a, self.b, self.c, self.operand, self.width)
+        moved = (self.columns, self.from_width, self.first, self.step, self.at, self.to_step)
+        return _PACKING.pack(WORDS.index(self.word), *numbers, *moved, self.number)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def fused(library: ctypes.CDLL, program: RowProgram, *operands: Tensor) -> Nativ
     none = [None] * (MOST_OPERANDS - len(tensors))
     rows = [[row[axis] for axis in axes.kept] for row in strides]
     values = (
-        len(program.code) // 48, program.registers, program.columns, program.whole, len(axes.kept),
+        len(program.code) // _PACKING.size, program.registers, program.columns, program.whole, len(axes.kept),
         (LONG * MOST_AXES)(*axes.sizes),
         (LONG * MOST_OPERANDS)(*(tensor.dtype == torch.bool for tensor in tensors)),
         ((LONG * (MOST_AXES + 1)) * MOST_OPERANDS)(

@@ -29,6 +29,7 @@ typedef int32_t int_vec __attribute__((vector_size(LANES * 4)));
 INLINE vec load(const float *from) { return *(const unaligned_vec *)from; }
 INLINE void store(float *to, vec x) { *(unaligned_vec *)to = x; }
 INLINE vec splat(float x) { return x - vec{}; }
+// Where one of two is NaN, the second is taken.
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 INLINE vec smaller(vec a, vec b) { return a < b ? a : b; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -88,17 +89,18 @@ INLINE vec silu(vec x) {
     return x / (power > splat(127.0f) ? splat(INFINITY) : below);
 }
 
-// erf, to 4e-7: an odd rational function fitted on [-3.925, 3.925], beyond which erf rounds to one.
+// erf, to 4e-7: an odd rational function fitted on [-3.925, 3.925], beyond which erf rounds to one: to just that, so that
+// a GELU of a large negative number is zero. NaN stays NaN.
 INLINE vec erf_of(vec x) {
-    const vec edge = splat(3.925f);
-    vec kept = smaller(larger(x, -edge), edge), t = kept * kept;
+    const vec edge = splat(3.925f), one = splat(1.0f);
+    vec kept = smaller(edge, larger(-edge, x)), t = kept * kept;
     vec p = splat(2.04603607769506e-6f), q = splat(3.8047822354958764e-5f);
     p = p * t + splat(2.8484268358369545e-4f), q = q * t + splat(1.1638475637611508e-3f);
     p = p * t + splat(3.772506418902846e-3f), q = q * t + splat(1.4983107926964346e-2f);
     p = p * t + splat(5.2769157464718025e-2f), q = q * t + splat(1.1418229166551408e-1f);
     p = p * t + splat(1.9059272284274675e-1f), q = q * t + splat(5.022411332089043e-1f);
     p = p * t + splat(1.128379145741511f), q = q * t + splat(1.0f);
-    return kept * p / q;
+    return smaller(one, larger(-one, kept * p / q));
 }
 
 // 1 - 2 / (exp(2x) + 1), and x itself where that is nearer: next to zero the difference would cancel.
