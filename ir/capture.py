@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from regraft.ir.capture_dynamic import call_signature, check_symbols, dynamic_shapes, spelled_keywords
-from regraft.ir.capture_error import CaptureError, first_line
+from regraft.ir.capture_error import CaptureError, first_line, why_not_traced
 from regraft.ir.capture_hints import as_if_not_compiled, masks_as_given
 from regraft.ir.capture_imports import export_trace
 from regraft.ir.capture_negated import write_out_negated
@@ -229,14 +229,14 @@ def _why_refused(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return f"{name} itself fails on the example inputs ({first_line(own)}); give inputs that it accepts"
     if shapes is not None and _exports_statically(model, args, kwargs):
         return (
-            f"torch.export refuses {name} with the symbolic sizes that dynamic asks for ({first_line(error)}); give a "
-            "dynamic_shapes specification that fits the inputs and the model, or leave dynamic out: a new shape is "
-            "then captured when it comes"
+            f"torch.export refuses {name} with the symbolic sizes that dynamic asks for ({why_not_traced(error)}); "
+            "give a dynamic_shapes specification that fits the inputs and the model, or leave dynamic out: a new shape "
+            "is then captured when it comes"
         )
     advice = "make its forward traceable, or use torch.compile(model, backend='regraft'), which allows graph breaks"
     if getattr(getattr(model, "config", None), "use_cache", False) and kwargs.get("use_cache") is not False:
         advice = "pass use_cache=False, so that it returns no cache object"
-    return f"torch.export refuses {name} ({first_line(error)}); {advice}"
+    return f"torch.export refuses {name} ({why_not_traced(error)}); {advice}"
 
 
 def _exports_statically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
+
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
 from regraft.ir.errors import RegraftError
+from regraft.ir.nodes import INTERNAL
+
+_VALUES_ASKED = (GuardOnDataDependentSymNode, DataDependentOutputException)
 
 
 class CaptureError(RegraftError, ValueError):
@@ -14,3 +22,11 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0].split(". ")[0].rstrip(".:") if lines else ""
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def why_not_traced(error: BaseException) -> str:
+    """Why tracing stopped and at which line of the model, for use inside a sentence."""
+    said = "the next step depends on a tensor's values" if isinstance(error, _VALUES_ASKED) else first_line(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not frame.filename.startswith(INTERNAL)]
+    return f"{said}, at {outside[-1].filename}:{outside[-1].lineno} in {outside[-1].name}" if outside else said

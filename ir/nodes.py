@@ -15,7 +15,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 #: Frames of PyTorch and of the capture are not the user's code.
-_INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
@@ -90,7 +90,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def user_line(node: fx.Node) -> str:
     """``file:line in function`` of the user's code that made this node; empty when it is not known."""
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    outside = [f for f in frames if not f["file"].startswith(_INTERNAL)] or frames
+    outside = [f for f in frames if not f["file"].startswith(INTERNAL)] or frames
     if not outside:
         return ""
     last = outside[-1]

@@ -198,12 +198,16 @@ def test_inputs_that_the_model_itself_refuses_are_told_apart_from_export() -> No
     assert "Linear itself fails on the example inputs" in message
 
 
-def test_data_dependent_control_flow_is_refused_with_its_cause() -> None:
+def test_data_dependent_control_flow_is_refused_with_its_line_and_its_cause() -> None:
     class Branch(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 1 if x.sum() > 0 else x - 1
+        def decides(self, x: Tensor) -> bool:
+            return bool(x.sum() > 0)
 
-    with pytest.raises(CaptureError, match=r"torch\.export refuses Branch") as caught:
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if self.decides(x) else x - 1
+
+    where = r"depends on a tensor's values, at .*test_capture\.py:\d+ in decides\)"
+    with pytest.raises(CaptureError, match=rf"torch\.export refuses Branch \(the next step {where}") as caught:
         capture(Branch().eval(), (torch.ones(2),))
     assert caught.value.__cause__ is not None
 
