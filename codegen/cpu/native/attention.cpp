@@ -266,7 +266,7 @@ extern "C" void regraft_attention(const Site *given) {
         float *scratch = (float *)memalign(64, (floats + held + turned) * sizeof(float)), *own = scratch + rows * SCORE_STRIDE;
         Block block;
         block.held = scratch + floats, block.turned = block.held + held;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < blocks * plan.parts; task++) {
             find_block(s, plan, task / plan.parts, block);
             const float *packed = s.workspace + (block.b * s.kv_heads + block.kv_head) * each;
@@ -278,7 +278,10 @@ extern "C" void regraft_attention(const Site *given) {
             attend_block(s, block, keys, part == 0, width, scratch, sums);
             if (plan.parts == 1) finish_block(s, block, width, sums);
         }
-#pragma omp for schedule(static)
+        if (plan.parts > 1) {  // threads wait for each other only where parts are to be joined
+#pragma omp barrier
+        }
+#pragma omp for schedule(static) nowait
         for (int64_t number = 0; number < (plan.parts > 1 ? blocks : 0); number++) {
             find_block(s, plan, number, block);
             Sums sums = left_by(number * plan.parts);
