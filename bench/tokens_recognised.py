@@ -30,7 +30,7 @@ def _known(batch: int, length: int) -> Tensor:
 ROWS: dict[str, Make] = {
     "super tokens (SViT)": lambda: (super_tokens.SuperTokens(64, 4, 7, 8), (torch.randn(4, 64, 56, 56),)),
     "content-aware groups (CATANet)": lambda: (catanet.Grouping(40, 4, 64, 64), (torch.randn(2, 4096, 40),)),
-    "dynamic chunks (H-Net)": lambda: (hnet.HNet(384, 6, 128), (torch.randn(4, 512, 384),)),
+    "dynamic chunks (H-Net)": lambda: (hnet.HNet(384, 6, 160), (torch.randn(8, 256, 384),)),
     "a predictor's choice (DynamicViT)": lambda: (pruning.DynamicViT(384, 6, 138), (torch.randn(8, 197, 384),)),
     "leaves dropped (DependencyViT-Lite)": lambda: (pruning.LeafPruning(384, 6, 138), (torch.randn(8, 197, 384),)),
     "coarse to fine (Hi-MAR)": lambda: (

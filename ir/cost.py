@@ -275,6 +275,7 @@ _FAMILIES: dict[str, Callable[[fx.Node], Cost]] = {
     **_named("permute transpose t expand unsqueeze squeeze slice select view alias detach unbind", _free),
     **_named("split split_with_sizes chunk as_strided diagonal unfold movedim swapaxes narrow", _free),
     **_named("sym_size sym_numel sym_stride _assert_scalar _assert_tensor_metadata lift_fresh_copy", _free),
+    **_named("_assert_async", _free),
     **_named("reshape _unsafe_view flatten unflatten", _reshape),
     **_named("contiguous", _contiguous),
     **_named("cat stack clone copy to _to_copy repeat repeat_interleave flip roll pad constant_pad_nd", _move),

@@ -26,6 +26,7 @@ from regraft.gate import CAPTURE, gate_of
 from regraft.guard import UnsupportedInput, describe, describe_call, flatten_call, key_of
 from regraft.ir.capture import capture
 from regraft.ir.capture_error import first_line
+from regraft.ir.errors import FailedAssertion
 from regraft.ir.memory import no_cycle_search, page_out
 from regraft.kernels import notes_of
 from regraft.parking import Parking, empty
@@ -84,8 +85,9 @@ class CompiledModule(StandIn):
     A call whose structure, shapes, element types, devices and scalars were seen before runs compiled code. Another
     one is captured, up to ``maximum_entries``; beyond that the original runs, until a shape has come back often
     enough to take the place of the least recently used. The original also runs in training mode, under autocast,
-    when an input wants a gradient, and for what cannot be captured. Each of these is logged once (logger
-    "regraft") and is an event in ``report``. Weights that changed since compilation lead to a new compilation.
+    when an input wants a gradient, where what the model asserts of its values does not hold, and for what cannot be
+    captured. Each of these is logged once (logger "regraft") and is an event in ``report``. Weights that changed since
+    compilation lead to a new compilation.
     Without the original (loaded, or freed) such calls raise ``InputError``.
     """
 
@@ -137,7 +139,10 @@ class CompiledModule(StandIn):
         if entry.shares_written_memory(leaves):
             return self._run_original("an input that the model writes to shares memory with another", args, kwargs)
         entry.used = next(self._clock)
-        return entry(leaves)
+        try:
+            return entry(leaves)
+        except FailedAssertion as failed:
+            return self._run_original(f"what the model asserts does not hold in compiled code ({failed})", args, kwargs)
 
     @property
     def report(self) -> Report:
@@ -317,6 +322,8 @@ class CompiledModule(StandIn):
             )
         except RegraftError:
             raise
+        except FailedAssertion as failed:
+            return self._refuse(key, f"what the model asserts does not hold on the example inputs ({failed})")
         except Exception as error:  # a fault of ours must not take the model away
             _LOG.debug("compilation failed", exc_info=True)
             return self._refuse(key, f"compilation failed ({first_line(error)}); please report it")

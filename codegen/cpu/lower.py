@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from regraft.codegen.cpu.assertions import ASSERTIONS, lower_assertion
 from regraft.codegen.cpu.attention import lower_attention, lower_mapped
 from regraft.codegen.cpu.attention_native import lower_lse
 from regraft.codegen.cpu.attention_packed import lower_packed
@@ -69,6 +70,7 @@ LOWERINGS: dict[Any, Lowering] = {
     aten.bmm.default: lower_matmul,
     ops.moe: lambda context, node: _lower_moe(context, node),
     **dict.fromkeys((*UNARY, *BINARY), lower_elementwise),
+    **dict.fromkeys(ASSERTIONS, lower_assertion),
 }
 
 #: Kernels that only some models need: built while what comes before them in the graph is lowered.

@@ -298,6 +298,38 @@ def test_a_gradient_training_mode_and_autocast_run_the_original() -> None:
     assert events(fast) == ["fallback"] * 3 and len(fast.entries) == 1
 
 
+class Bounded(nn.Module):
+    """Adds up positive numbers; a graph has room for two of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        positive = x > 0
+        room = 2 if torch.compiler.is_compiling() else int(positive.sum())
+        if torch.compiler.is_compiling():
+            torch._assert_async(positive.sum() <= 2, "more than two numbers are positive")
+        total: Tensor = x.where(positive, 0.0).sort(descending=True).values[:room].sum()
+        return total
+
+
+def test_what_a_model_asserts_of_its_values_is_kept_and_where_it_fails_the_original_runs(tmp_path: Path) -> None:
+    few, many = torch.tensor([1.0, -1.0, 2.0, -2.0]), torch.tensor([1.0, 2.0, 3.0, -1.0])
+    fast = regraft.compile(Bounded().eval(), (few,))
+    assert fast(few) == 3 and not events(fast)
+    assert fast(many) == 6 and fast(few) == 3
+    assert any("more than two numbers are positive" in event.reason for event in fast.report.events)
+    fast.save(tmp_path / "bounded.regraft")
+    loaded = regraft.load(tmp_path / "bounded.regraft")
+    assert loaded(few) == 3
+    with pytest.raises(InputError, match="more than two numbers are positive"):
+        loaded(many)
+
+
+def test_an_assertion_that_fails_on_the_example_leaves_the_model_as_it_is() -> None:
+    many = torch.tensor([1.0, 2.0, 3.0, -1.0])
+    fast = regraft.compile(Bounded().eval(), (many,))
+    assert fast(many) == 6
+    assert any("does not hold on the example" in event.reason for event in fast.report.events)
+
+
 def test_a_wrong_lowering_is_caught_and_the_original_runs() -> None:
     def wrong(program: Program, session: Session) -> Any:
         run = program.callable()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import regraft
 from regraft.ir import ops
 from tests.codegen.cpu.support import needs_native
 from tests.zoo import catanet, hnet, masked_generation, pruning, super_tokens
@@ -34,6 +35,25 @@ def test_it_equals_its_formula_and_its_attention_is_recognised(name: str) -> Non
     make, inputs, kinds = SYSTEMS[name]
     result = compiled(seeded(make), *inputs())
     assert [kind for kind, _ in result.attentions()] == kinds
+
+
+def test_chunks_that_there_is_no_room_for_are_not_left_out() -> None:
+    model = seeded(hnet.HNet)
+    assert isinstance(model, hnet.HNet)
+
+    def chunks(x: Tensor) -> int:
+        return int(model.route(x)[1].sum(-1).max())
+
+    few, *_, many = sorted((draw(1, 24, 32, seed=seed) for seed in range(8)), key=chunks)
+    model.capacity = chunks(few)
+    assert chunks(many) > model.capacity
+    fast = regraft.compile(model, (few,))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(few), model(few))
+        assert not fast.report.events
+        torch.testing.assert_close(fast(many), model(many))
+        torch.testing.assert_close(fast(few), model(few))
+    assert f"more than {model.capacity} chunks" in "".join(event.reason for event in fast.report.events)
 
 
 @needs_native
