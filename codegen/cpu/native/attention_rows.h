@@ -15,6 +15,8 @@ static void finish_scores(const Site &s, float *row, const float *mask, float sl
         return s.slopes ? x + splat(slope) * (lane + splat((float)(offset + j))) : x;
     };
     int64_t j = part.first;
+    bool simple = mask && !spread && !capped && !s.slopes;  // an additive mask alone: nothing is asked inside the loop
+    for (; simple && j + LANES <= part.last; j += LANES) store(row + j, load(row + j) * scale + load(mask + j));
     for (; j + LANES <= part.last; j += LANES)
         store(row + j, finished(load(row + j), !mask ? vec{} : spread ? splat(mask[0]) : load(mask + j), j));
     int64_t rest = part.last - j;
