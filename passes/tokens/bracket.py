@@ -107,7 +107,7 @@ class _Bracket:
             raise Refused("the tokens are not laid out as batch, tokens and width of a known length", source)
         if shape(source)[1] != shape(self.attention)[2]:
             raise Refused("the batch of the attention is made of windows or groups of the samples", self.attention)
-        check_mask(self.attention)
+        check_mask(self.program, self.attention)
         if causal(self.attention):
             raise Refused("a token put back would have seen later ones", self.attention)
 

@@ -14,13 +14,17 @@ from typing import Any
 from torch import fx
 
 from regraft.ir.mask import And, Band, Dense, Keys, Length, Lengths, Predicate, Same, parse
-from regraft.ir.nodes import arguments, shape, user_line
+from regraft.ir.nodes import arguments, shape, size_equal, user_line
+from regraft.ir.probe import Pool, Probe
 from regraft.ir.program import Program
 from regraft.passes.refused import Refused
 from regraft.passes.tokens.layout import Batch, Span, plain
 from regraft.passes.tokens.sites import Site, attentions, constant_ends, find_site, projected
 from regraft.passes.tokens.step import Duty, Kind, Step
 from regraft.passes.tokens.walk import Walk
+
+#: A score so far below the others has no weight, in fp64 either.
+HIDDEN = -50.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def examine(program: Program, protect: int = 0, drops: bool = False, protect_end
         try:
             if source is not None and program.is_made_of_weights(source):
                 raise Refused("the tokens come from weights, as the queries of a detector do", first)
+            check_mask(program, node)
             found.sites[node] = _site(found, node, drops)
         except Refused as refused:
             found.refused[node] = refused
@@ -126,7 +131,6 @@ def _site(found: Legality, attention: fx.Node, drops: bool) -> Site:
         raise Refused(lost[1].reason, lost[0]) if lost else Refused("the tokens do not reach the sum", site.anchor)
     if not _is_batch(layout[0]) or layout[1] != (Span(0, walk.tokens),):
         raise Refused("the residual stream is not laid out as batch, tokens and width", site.anchor)
-    check_mask(attention)
     steps = list(found.steps(site))
     _check_gain(site, steps)
     if causal(attention) or any(causal(node) for node, step in steps if step.duty is Duty.ATTENTION):
@@ -184,13 +188,35 @@ def _why_lost(walk: Walk, attention: fx.Node) -> Refused:
     return Refused("it attends to other tokens than the first attention", attention)
 
 
-def check_mask(attention: fx.Node) -> None:
-    """Tokens merge only where the mask says of each token by itself whether it is there. Raises ``Refused``."""
+def check_mask(program: Program, attention: fx.Node) -> None:
+    """Tokens merge only where mask and bias say of each token by itself whether it is there. Raises ``Refused``."""
+    hiding_bias(program, attention)
     for atom in _atoms(parse(arguments(attention)["mask"])):
         if isinstance(atom, Same):
             raise Refused("the attention keeps documents apart, and tokens of two documents must not merge", attention)
         if isinstance(atom, Dense):
             raise Refused("the mask of the attention is a tensor that does not say which tokens are padding", attention)
+
+
+def hiding_bias(program: Program, attention: fx.Node) -> fx.Node | None:
+    """The bias of an attention, ``[batch or 1, 1, 1, keys]``, where inputs are read for it: it may be a padding mask
+    that was written as large negative numbers. None without such a bias. Raises ``Refused`` for what may be another
+    mask that was written so: who is hidden from whom is then not known."""
+    bias = arguments(attention)["bias"]
+    if bias is None:
+        return None
+    if program.is_made_of_weights(bias):
+        (value,) = Probe(program, (), Pool(), program.example).evaluate([bias])
+        if bool((value <= HIDDEN).any()):
+            raise Refused(
+                "the bias of the attention is a mask of large negative numbers, not of truth values", attention
+            )
+        return None
+    if any(not size_equal(size, 1) for size in shape(bias)[-3:-1]):
+        raise Refused(
+            "the bias of the attention is computed from inputs, and may hide tokens from some rows", attention
+        )
+    return bias  # type: ignore[no-any-return]
 
 
 def _atoms(predicate: Predicate) -> Iterator[Predicate]:

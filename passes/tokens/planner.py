@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from regraft.ir import ops
-from regraft.ir.nodes import Builder, arguments, is_call
+from regraft.ir.nodes import Builder, arguments, dtype, is_call
 from regraft.ir.ops.token_scores import OF_VALUES
 from regraft.ir.program import Program
 from regraft.passes.tokens.layout import Layout, Span, plain
-from regraft.passes.tokens.legality import causal, padding_of
+from regraft.passes.tokens.legality import HIDDEN, causal, hiding_bias, padding_of
 from regraft.passes.tokens.masks import Reader, Side
 from regraft.passes.tokens.methods import Method
 from regraft.passes.tokens.rebuild import Rebuild
@@ -97,8 +97,8 @@ class Planner:
 
     def _keep(self, rebuild: Rebuild, build: Builder, site: Site) -> fx.Node | None:
         """``[batch, tokens]``: true for tokens that are no padding."""
-        said = padding_of(site.attention)
-        if said is None:
+        said, bias = padding_of(site.attention), hiding_bias(self.program, site.attention)
+        if said is None and bias is None:
             return None
         stages = rebuild.stages
         stage = stages.last
@@ -106,10 +106,16 @@ class Planner:
         side = Side(span, stage, stages.tokens)
         layout = (rebuild.walk.layouts[site.anchor][0], (), *plain([stages.tokens] * 2))
         reader = Reader(build, stages, arguments(site.attention)["mask_tensors"], layout, side, side)
-        reader.read(said)
-        present: Any = build.call(aten.reshape.default, reader.tensors[0], [-1, stages.left(stage)])
-        if present.meta["val"].dtype != torch.bool:
-            present = build.call(aten.ne.Scalar, present, 0)
+        found: list[Any] = []
+        if said is not None:
+            reader.read(said)
+            found.append(build.call(aten.reshape.default, reader.tensors[0], [-1, stages.left(stage)]))
+            if dtype(found[0]) != torch.bool:
+                found[0] = build.call(aten.ne.Scalar, found[0], 0)
+        if bias is not None:
+            seen = build.call(aten.gt.Scalar, reader.matrix(bias), HIDDEN)
+            found.append(build.call(aten.reshape.default, seen, [-1, stages.left(stage)]))
+        present = found[0] if len(found) == 1 else build.call(aten.logical_and.default, *found)
         return build.call(aten.expand.default, present, [stages.batch, stages.left(stage)])
 
 

@@ -254,6 +254,47 @@ class Causal(nn.Module):
         return self.head(x)
 
 
+class Hidden(nn.Module):
+    """A block whose attention has a mask, given or kept, that is added to the scores as large negative numbers."""
+
+    def __init__(self, kept: Tensor | None = None, head: str = "mean") -> None:
+        super().__init__()
+        self.block, self.head = Encoder([(False, False)], "every token").blocks[0], HEAD[head]
+        self.register_buffer("kept", kept)
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        bias = self.kept if given is None else given
+        parts = self.block.projections(x).reshape(*x.shape[:2], 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        x = x + F.scaled_dot_product_attention(*parts, attn_mask=bias).transpose(1, 2).flatten(2)
+        x = x + self.block.mlp(x)
+        there = torch.ones_like(x[..., :1]) if given is None else (given[:, 0, 0, :, None] == 0).to(x.dtype)
+        return (x * there).sum(1) / there.sum(1)
+
+
+@pytest.mark.parametrize("method", ["tome", "tome-stream", "pitome", "evit", "grid"])
+@pytest.mark.parametrize("left", [False, True])
+def test_tokens_that_an_additive_mask_hides_are_never_merged_with_others(method: str, left: bool) -> None:
+    there = torch.arange(TOKENS) < torch.tensor([[TOKENS], [7]])
+    there = there.flip(1) if left else there
+    bias = ((1.0 - there.double()) * -1e4)[:, None, None]
+    x, other = numbers(2, TOKENS, WIDTH), 50 * numbers(2, TOKENS, WIDTH, seed=1)
+    program = recognised(Hidden().double(), (x, bias))
+    assert ReduceTokens(3, method).run(program, Session(verify="off")) == 1
+    (found,) = outputs(program)
+    (same,) = outputs(program, torch.where(there[..., None], x, other), bias)
+    assert relative(same, found) <= 1e-12
+
+
+def test_other_masks_that_are_added_as_large_numbers_are_refused() -> None:
+    x, later = numbers(2, TOKENS, WIDTH), torch.ones(TOKENS, TOKENS, dtype=torch.float64).triu(1)
+    kept = refusal(Hidden(-1e4 * later).double(), (x,))
+    assert kept == "the bias of the attention is a mask of large negative numbers, not of truth values"
+    rows = refusal(Hidden().double(), (x, (-1e4 * later).expand(2, 1, -1, -1)))
+    assert rows == "the bias of the attention is computed from inputs, and may hide tokens from some rows"
+    places = recognised(Hidden(numbers(HEADS, TOKENS, TOKENS)).double(), (x,))
+    assert ReduceTokens(3).run(places, Session(verify="off")) == 1  # a bias of places is no mask
+
+
 def test_a_causal_program_gives_no_token_what_later_ones_are() -> None:
     x = (numbers(2, TOKENS, WIDTH),)
     assert refusal(Causal("every token").double(), x).startswith("a token put back would have seen later ones")
