@@ -52,9 +52,15 @@ def copy_is_nothing(node: fx.Node, build: Builder) -> fx.Node | None:
     return _drop(node, x)
 
 
-@identity(aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default)
+@identity(aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default, aten.clone.default)
 def dropout_in_eval(node: fx.Node, build: Builder) -> fx.Node | None:
-    """Dropout outside of training, or with probability zero, is its input."""
+    """Dropout outside of training, or with probability zero, is its input; decomposed it is a copy in the same order of
+    memory, which makes no view legal."""
+    if node.target is aten.clone.default:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        same = sizes_equal(x.meta["val"].stride(), node.meta["val"].stride())
+        return _drop(node, x) if same else None
     x, probability, train = node.args
     return x if isinstance(x, fx.Node) and (not train or probability == 0) else None
 

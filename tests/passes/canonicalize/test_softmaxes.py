@@ -127,9 +127,16 @@ def test_a_sink_that_scales_the_output_is_a_column_that_takes_weight() -> None:
     assert "logsumexp" not in text and "sigmoid" not in text and "cat" in text
 
 
-def test_dropout_does_not_part_a_softmax_from_its_product() -> None:
+@pytest.mark.parametrize(
+    "between",
+    [
+        pytest.param(lambda weights: torch.nn.functional.dropout(weights, 0.1, training=False), id="dropout"),
+        pytest.param(lambda weights: weights.clone(), id="decomposed dropout"),
+    ],
+)
+def test_dropout_does_not_part_a_softmax_from_its_product(between: Callable[[Tensor], Tensor]) -> None:
     def turned(x: Tensor, v: Tensor) -> Tensor:
-        return (torch.nn.functional.dropout(x.softmax(-1), 0.1, training=False) @ v).mT
+        return (between(x.softmax(-1)) @ v).mT
 
     text = canonical(turned, X, VALUES, tolerance=1e-6)
     assert text == "softmax.int(x0, -1); matmul(0, x1); permute(1, [0, 2, 1])"
