@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.ir import ops
-from regraft.ir.nodes import Builder, dtype, rank, shape, size_equal, sizes_equal
+from regraft.ir.nodes import Builder, dtype, rank, shape, size_equal, sizes_equal, tensor_value
 from regraft.ir.pattern import anything, mul, operator, reshape
 from regraft.ir.rule import Example, Match, Replacement, Requirement, Rule, need
 from regraft.passes.recognize.pairs import flat_pairs
@@ -41,7 +41,9 @@ class RecognizeRopeComplex(Rule):
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         x = flat_pairs(match.pairs, build)
-        table = build.call(aten.view_as_real.default, match.turn)
+        turn = match.turn  # a conjugate (turned back) is a view that must be written out
+        turn = build.call(aten.resolve_conj.default, turn) if tensor_value(turn).is_conj() else turn
+        table = build.call(aten.view_as_real.default, turn)
         cos, sin = (build.call(aten.select.int, table, -1, part) for part in (0, 1))
         result = build.call(ops.rope, x, cos, sin, shape(match.pairs)[-2] * 2, "interleaved")
         if sizes_equal(shape(result), shape(match.root)):
@@ -49,10 +51,11 @@ class RecognizeRopeComplex(Rule):
         return build.call(aten.reshape.default, result, match.root.args[1])
 
 
-def _example(name: str, table: int, reason: str = "", real: bool = False) -> Example:
+def _example(name: str, table: int, reason: str = "", real: bool = False, back: bool = False) -> Example:
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * (cos if real else torch.complex(cos, sin))).flatten(3)
+        turn = torch.complex(cos, sin)
+        return torch.view_as_real(pairs * (cos if real else turn.conj() if back else turn)).flatten(3)
 
     def make() -> tuple[Any, tuple[Tensor, ...]]:
         generator = torch.Generator().manual_seed(0)
@@ -62,7 +65,7 @@ def _example(name: str, table: int, reason: str = "", real: bool = False) -> Exa
     return Example(name, make, reason)
 
 
-RecognizeRopeComplex.examples = (_example("llama", 4),)
+RecognizeRopeComplex.examples = (_example("llama", 4), _example("turned back", 4, back=True))
 RecognizeRopeComplex.near_misses = (
     _example("one value a row", 1, "the table does not have one value for each pair"),
     _example("real numbers", 4, "the pairs are stretched by real numbers", real=True),
