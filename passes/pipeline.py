@@ -26,6 +26,7 @@ from regraft.passes.recognize.count import CountSites
 from regraft.passes.recognize.gelu import RecognizeGelu, RecognizeGeluTanh
 from regraft.passes.recognize.glu import RecognizeGlu, RecognizeTorchGlu
 from regraft.passes.recognize.layer_norm import RecognizeLayerNorm
+from regraft.passes.recognize.layer_norm_channels import RecognizeChannelNorm
 from regraft.passes.recognize.linear_scan import RecognizeLinearScan
 from regraft.passes.recognize.moe import RecognizeMoe
 from regraft.passes.recognize.moe_axis import RecognizeMoeAxis
@@ -54,6 +55,7 @@ class RecognizeRowwise(RulePass):
         RecognizeRopePairs(),
         RecognizeRopeComplex(),
         RecognizeLayerNorm(),  # before RMSNorm: a centred value's RMS is an RMSNorm too
+        RecognizeChannelNorm(),
         RecognizeRmsNormCall(),
         RecognizeRmsNormByLength(),
         RecognizeRmsNorm(),

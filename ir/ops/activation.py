@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from regraft.ir.nodes import arguments
+from regraft.ir.nodes import arguments, schema_defaults
 from regraft.ir.ops.registry import elementwise, register
 
 aten = torch.ops.aten
@@ -28,6 +28,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "elu": F.elu,
+    "leaky_relu": F.leaky_relu,
+    "softplus": F.softplus,
 }
 
 
@@ -56,15 +61,24 @@ _NAMES = {
     aten.silu.default: "silu",
     aten.sigmoid.default: "sigmoid",
     aten.tanh.default: "tanh",
+    aten.mish.default: "mish",
+    aten.hardswish.default: "hardswish",
+    aten.elu.default: "elu",
+    aten.leaky_relu.default: "leaky_relu",
+    aten.softplus.default: "softplus",
 }
 
 
 def activation_name(node: Any) -> str | None:
-    """The activation that a canonical node computes, None when it is no activation."""
+    """The activation that a canonical node computes, None when it is no activation or one of other parameters than
+    PyTorch's own."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
     if node.target is aten.gelu.default:
         return "gelu_tanh" if arguments(node)["approximate"] == "tanh" else "gelu"
     if node.target is activation:
         return str(arguments(node)["activation"])
-    return next((name for target, name in _NAMES.items() if node.target is target), None)
+    name = next((name for target, name in _NAMES.items() if node.target is target), None)
+    defaults = schema_defaults(node.target)
+    usual = name is not None and all(defaults.get(key, value) == value for key, value in arguments(node).items())
+    return name if usual else None

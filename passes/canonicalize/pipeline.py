@@ -10,7 +10,18 @@ from regraft.ir.driver import Session
 from regraft.ir.program import Program
 from regraft.ir.rule import Rule
 from regraft.passes.base import Pass, Pipeline, RulePass
-from regraft.passes.canonicalize import arithmetic, casts, cosine, products, reductions, repeat, softmaxes, views
+from regraft.passes.canonicalize import (
+    activations,
+    arithmetic,
+    casts,
+    cosine,
+    einsum,
+    products,
+    reductions,
+    repeat,
+    softmaxes,
+    views,
+)
 from regraft.passes.canonicalize.cleanup import DropAssertions, DropDeadCode, MergeCommonSubexpressions
 
 
@@ -23,6 +34,7 @@ class Spell(RulePass):
         *views.SPELLINGS,
         *arithmetic.SPELLINGS,
         *cosine.SPELLINGS,
+        einsum.einsum_of_pointwise,
     )
 
 
@@ -35,6 +47,7 @@ class Simplify(RulePass):
         *views.SPELLINGS,
         *views.SIMPLIFICATIONS,
         *arithmetic.SPELLINGS,
+        *activations.SPELLINGS,
         *reductions.SPELLINGS,
         *products.SPELLINGS,
         *repeat.SPELLINGS,

@@ -53,12 +53,24 @@ GLU = (
     example("gelu tanh", over(lambda gate: F.gelu(gate, approximate="tanh"))),
     example("relu", over(F.relu)),
     example("sigmoid", over(torch.sigmoid)),
+    example("mish", over(F.mish)),
+    example("hard swish", over(F.hardswish)),
+    example("elu", over(F.elu)),
+    example("leaky relu", over(F.leaky_relu)),
+    example("softplus", over(F.softplus)),
+    example(
+        "clamped and shifted", lambda x, w, v: (F.linear(x, v).clamp(-1, 1) + 1) * F.silu(F.linear(x, w).clamp(max=1))
+    ),
     example("up first", lambda x, w, v: F.linear(x, v) * F.silu(F.linear(x, w))),
     example("packed", packed),
     example("biased", lambda x, w, v: F.silu(F.linear(x, w, w[:, 0])) * F.linear(x, v, v[:, 0])),
     example("flattened tokens", lambda x, w, v: F.silu(F.linear(x.reshape(6, 8), w)) * F.linear(x, v).view(6, 12)),
 )
 GLU_NEAR_MISSES = (
+    example("another elu", over(lambda gate: F.elu(gate, alpha=0.5)), "other parameters than the usual ones"),
+    example(
+        "scaled gate of itself", lambda x, w, v: F.relu(2 * (h := F.linear(x, w))) * h, "the gate multiplies itself"
+    ),
     example("not a projection", residual, "multiplies no linear projection"),
     example(
         "another input",
@@ -72,5 +84,9 @@ GLU_NEAR_MISSES = (
 )
 TORCH_GLU = (example("last dimension", lambda x, w, v: F.glu(F.linear(x, w), -1)),)
 TORCH_GLU_NEAR_MISSES = (
+    example("another elu", over(lambda gate: F.elu(gate, alpha=0.5)), "other parameters than the usual ones"),
+    example(
+        "scaled gate of itself", lambda x, w, v: F.relu(2 * (h := F.linear(x, w))) * h, "the gate multiplies itself"
+    ),
     example("channels", lambda x, w, v: F.glu(F.linear(x, w).transpose(1, 2), 1), "another dimension"),
 )

@@ -17,11 +17,16 @@ from regraft.passes.recognize.rms_norm import over_root
 
 aten = torch.ops.aten
 var_correction = operator(aten.var.correction)
+clamp = operator(aten.clamp.default)
 var_unbiased = operator(aten.var.dim)
 
 
 class RecognizeLayerNorm(Rule):
-    """``(x - mean) / sqrt(var + eps) * weight + bias``; weight, bias and casts may be missing."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias``; weight, bias and casts may be missing.
+
+    A variance written ``mean(x**2) - mean(x)**2`` loses digits where the mean is large against the deviation; the norm
+    does not, so that it is accepted for being closer to fp64 than the source.
+    """
 
     recognizes = "layer_norm"
     landmark = "centered"
@@ -30,9 +35,12 @@ class RecognizeLayerNorm(Rule):
 
     def pattern(self, x: Any, measured: Any, weight: Any, bias: Any) -> Any:
         centered = sub(x, mean(x, anything("axes"), True)).named("centered")
+        moments = sub(mean(power(x, 2), anything("variance_axes"), True), power(mean(x, anything("axes"), True), 2))
         variance = either(
             mean(power(centered, 2), anything("variance_axes"), True),
             var_correction(measured, anything("variance_axes"), correction=anything("correction"), keepdim=True),
+            moments,
+            clamp(moments, 0),
             var_unbiased(measured, anything("variance_axes"), anything("unbiased"), True),
         )
         normed = over_root(centered, add(variance, scalar("eps"))).named("normed")

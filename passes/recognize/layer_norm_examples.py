@@ -45,6 +45,19 @@ def widened(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (normalized(x.float()) * weight + bias).to(x.dtype)
 
 
+def by_moments(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The variance as a difference of two means."""
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt((x * x).mean(-1, keepdim=True) - mean**2 + 1e-5) * weight + bias
+
+
+def by_einsum(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The variance as a product of vectors."""
+    centered = x - x.mean(-1, keepdim=True)
+    square = torch.einsum("btd,btd->bt", centered, centered) / x.shape[-1]
+    return centered * torch.rsqrt(square + 1e-5)[..., None] * weight + bias
+
+
 EXAMPLES = (
     example("weight and bias", lambda x, w, b: normalized(x) * w + b),
     example("bias first", lambda x, w, b: b + w * normalized(x)),
@@ -55,6 +68,9 @@ EXAMPLES = (
         "correction zero",
         lambda x, w, b: (x - x.mean(-1, True)) * (x.var(-1, correction=0, keepdim=True) + 1e-5) ** -0.5,
     ),
+    example("by moments", by_moments),
+    example("by moments, far from zero", lambda x, w, b: by_moments(x + 30, w, b)),
+    example("by einsum", by_einsum),
     example("cohere, fp32", cohere),
     example("cohere, bf16", cohere, torch.bfloat16),
     example("widened, bf16", widened, torch.bfloat16),

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal, sizes_equal
-from regraft.ir.pattern import either, matmul, operator
+from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal
+from regraft.ir.ops.activation import activate
+from regraft.ir.pattern import either, matmul, mul, operator
 from regraft.ir.program import Program
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.recognize import moe_axis_examples as shown
@@ -26,6 +27,7 @@ from regraft.passes.recognize.labels import (
     Merged,
     broadcast,
     contraction,
+    factors,
     labelled,
     sum_of,
     terms,
@@ -33,7 +35,7 @@ from regraft.passes.recognize.labels import (
 )
 from regraft.passes.recognize.moe_experts import Experts, Gate, Projection, Refused, float_source, read_gate
 from regraft.passes.recognize.moe_rows import counts_rows, picked
-from regraft.passes.recognize.moe_table import named_index, weighted_index
+from regraft.passes.recognize.moe_table import named_index, top_k_of, weighted_index
 from regraft.passes.recognize.moe_weights import emit, join_experts, read_expert
 
 aten = torch.ops.aten
@@ -48,7 +50,8 @@ class RecognizeMoeAxis(Rule):
     near_misses = shown.AXIS_NEAR_MISSES
 
     def pattern(self, left: Any, right: Any) -> Any:
-        return either(total(left, [-1]), total(left, [-2]), total(left, [-3]), total(left, [-4]), matmul(left, right))
+        sums = (total(left, [dim]) for dim in (-1, -2, -3, -4))
+        return either(*sums, matmul(left, right), mul(left, right))
 
     def check(self, match: Match) -> Iterator[Requirement]:
         found = analyse(match.root, match.program)
@@ -64,11 +67,11 @@ def analyse(root: fx.Node, program: Program) -> Experts | Refused | None:
     """The experts that end in ``root``; what refuses them; None where no experts end."""
     ending = _read_ending(labelled(root))
     if ending is None:
-        return None
+        return _of_one(labelled(root))
     everywhere, ids = _experts_axis(ending)
     parts, down = _stacked(everywhere), _read_projection(everywhere.outputs, ending.feature)
     if parts is None and (down is None or not down.by_experts(everywhere.axis)):
-        return None
+        return _of_one(labelled(root))
     try:
         if parts is not None:
             return _of_parts(ending, everywhere, parts, ids, program)
@@ -79,6 +82,27 @@ def analyse(root: fx.Node, program: Program) -> Experts | Refused | None:
     except Refused as refused:
         routed = ids is not None or (down is not None and down.ids is not None)
         return refused if routed or _table(ending.weights) is not None else None
+
+
+def _of_one(root: Labelled) -> Experts | None:
+    """Experts of which each token has one, by matrices that were gathered for it: nothing is summed, and there may be
+    no weights."""
+    if not root.present:
+        return None
+    ways: list[tuple[Labelled, Labelled | None]] = [(root, None)]
+    pair = factors(root)
+    if pair is not None:
+        ways = [(outputs, weights) for outputs, weights in (pair, pair[::-1]) if root.present[-1] not in weights.labels]
+    for outputs, weights in ways:
+        down = _read_projection(outputs, root.present[-1])
+        if down is None or down.ids is None:
+            continue
+        try:
+            ending = _Ending(root, outputs, None if weights is None else unviewed(weights), None)
+            return _of_products(ending, down, None)
+        except Refused:
+            return None
+    return None
 
 
 class _FoundExperts(Refused):
@@ -263,12 +287,17 @@ def _joined(
     ids: Labelled | None,
 ) -> Experts:
     hidden = first.rows
+    scaled = None if ending.weights is not None or ids is not None else _scaled_inputs(ending, gate, projections, first)
+    if scaled is not None:
+        return scaled
     if hidden.present != (*ending.tokens, first.inner):
         raise _FoundExperts("the experts do not run on the tokens themselves", hidden.node)
-    if ending.weights is None or not ending.pairs(ending.weights):
-        raise _FoundExperts("the expert outputs are not multiplied by routing weights", ending.root.node)
     cast = dtype(first.projection.rows)
-    weight = ending.weights.node
+    weighted = ending.weights is not None and ending.pairs(ending.weights)
+    alone = ending.weights is None and ids is not None and ending.axis is None
+    if not weighted and not alone:
+        raise _FoundExperts("the expert outputs are not multiplied by routing weights", ending.root.node)
+    weight = None if ending.weights is None else ending.weights.node
     if ids is not None:
         if not ending.pairs(ids):
             raise _FoundExperts("the expert ids are not one for each pair", ids.node)
@@ -280,6 +309,27 @@ def _joined(
         )
     index, weight, top_k, table = routing
     return Experts(hidden.node, index, weight, top_k, gate, *projections, cast, table=table)
+
+
+def _scaled_inputs(
+    ending: _Ending, gate: Gate, projections: tuple[Projection, Projection, Projection | None], first: _Product
+) -> Experts | None:
+    """Experts whose inputs a table of the router scales, and which make nothing of nothing (Llama 4)."""
+    pair = factors(first.rows)
+    for x, scores in () if pair is None else (pair, pair[::-1]):
+        tokens, table = unviewed(x), unviewed(scores)
+        routing = _table(table)
+        if tokens.present != (*ending.tokens, first.inner) or not ending.pairs(table) or routing is None:
+            continue
+        index, weight, top_k, whole = routing
+        biased = any(part is not None and part.bias is not None for part in projections)
+        bare = gate.layout == "single" or gate.up_offset != 0
+        opens = bare and gate.activation != "swish" and bool(activate(torch.zeros(1), gate.activation))
+        if top_k != 1 or biased or opens:
+            raise _FoundExperts("the inputs of several experts, or of experts with biases, are scaled", weight)
+        cast = dtype(first.projection.rows)
+        return Experts(tokens.node, index, weight, 1, gate, *projections, cast, table=whole, scaled=True)
+    return None
 
 
 def _extent(one: Labelled, axis: Label) -> int:
@@ -294,10 +344,9 @@ def _table(weights: Labelled | None) -> tuple[fx.Node, fx.Node, int, bool] | Non
     index = found[0] if found is not None else named_index(weights.node)
     if index is None:
         return None
-    leading, single = shape(weights.node)[:-1], rank(index) == rank(weights.node) - 1
-    if not sizes_equal(shape(index) if single else shape(index)[:-1], leading):
+    top_k = top_k_of(index, shape(weights.node)[:-1])
+    if top_k is None:
         return None
-    top_k = 1 if single else int(shape(index)[-1])
     return (index, weights.node, top_k, True) if found is None else (*found, top_k, False)
 
 

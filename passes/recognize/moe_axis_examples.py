@@ -155,6 +155,28 @@ def best_alone(block: Block, x: Tensor, logits: Tensor) -> Tensor:
     return einsum("te,teh->th", scores * F.one_hot(scores.argmax(-1), _EXPERTS), block.all_experts(x))
 
 
+def one_gathered(block: Block, x: Tensor, logits: Tensor) -> Tensor:
+    """One expert a token, by its own matrices, weighted as the token is (Llama 4)."""
+    score, index = logits.max(-1)
+    x = x * torch.sigmoid(score)[:, None]
+    inner = F.silu(einsum("ti,toi->to", x, block.gate[index])) * einsum("ti,toi->to", x, block.up[index])
+    return einsum("to,tio->ti", inner, block.down[index])
+
+
+def scaled_inputs(block: Block, x: Tensor, logits: Tensor, top_k: int = 1) -> Tensor:
+    """Every expert of every token, the tokens scaled by zero where another was chosen (Llama 4)."""
+    score, index = logits.topk(top_k)
+    table = torch.sigmoid(torch.full_like(logits, float("-inf")).scatter(1, index, score))
+    scaled = (x.repeat(_EXPERTS, 1) * table.t().reshape(-1, 1)).view(_EXPERTS, -1, _HIDDEN)
+    gate, up = torch.bmm(scaled, block.packed).chunk(2, -1)
+    return torch.bmm(F.silu(gate) * up, block.down.mT).sum(0)
+
+
+def scaled_inputs_of_two(block: Block, x: Tensor, logits: Tensor) -> Tensor:
+    """Two experts a token."""
+    return scaled_inputs(block, x, logits, top_k=2)
+
+
 def every_weight(block: Block, x: Tensor, logits: Tensor) -> Tensor:
     """No expert is left out."""
     return einsum("te,teh->th", logits.softmax(-1), block.all_experts(x))
@@ -204,11 +226,14 @@ AXIS = (
     example("masked logits", masked_logits),
     example("renormalised", renormalised),
     example("the best alone", best_alone),
+    example("one gathered", one_gathered),
+    example("scaled inputs", scaled_inputs),
 )
 
 AXIS_NEAR_MISSES = (
     example("every expert has a weight", every_weight, reason="not zero for sure"),
     example("ties", above_threshold, reason="not zero for sure"),
+    example("scaled inputs of two", scaled_inputs_of_two, reason="the inputs of several experts"),
     example("experts choose tokens", chosen_by_experts, reason="not zero for sure"),
     example("mixtures of tokens", mixed_tokens, reason="do not run on the tokens themselves"),
     example("other experts at the end", other_ids, reason="not of the same pairs"),

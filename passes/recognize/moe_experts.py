@@ -66,7 +66,8 @@ class Projection:
 class Experts:
     """Routed experts in normal form. ``hidden`` is cast to ``cast`` first, and its leading dims are one; ``index`` and
     ``weight`` are reshaped to ``[tokens, top_k]`` where they are not. ``weight`` None is one for each; with ``table``
-    it is the weight of every expert, of which the index names those that are not zero."""
+    it is the weight of every expert, of which the index names those that are not zero. ``scaled`` experts have their
+    inputs multiplied by the weights, instead of their outputs."""
 
     hidden: fx.Node
     index: fx.Node
@@ -79,6 +80,7 @@ class Experts:
     cast: torch.dtype | None = None
     base: fx.Node | None = None
     table: bool = False
+    scaled: bool = False
 
 
 def float_source(node: fx.Node) -> fx.Node:
@@ -194,12 +196,15 @@ def build_experts(build: Builder, root: fx.Node, experts: Experts) -> fx.Node:
     if rank(hidden) != 2:
         hidden = build.call(aten.reshape.default, hidden, [-1, shape(hidden)[-1]])
     tokens = build.size(hidden, 0)
-    up = experts.up
+    up, weight = experts.up, _weight(build, experts, hidden, tokens)
+    if experts.scaled:  # of one expert a token
+        hidden = build.call(aten.mul.Tensor, hidden, weight)
+        weight = build.call(aten.new_ones.default, hidden, [tokens, experts.top_k])
     node = build.call(
         moe,
         hidden,
         _two_dims(build, experts.index, tokens, experts.top_k),
-        _weight(build, experts, hidden, tokens),
+        weight,
         experts.first.weight,
         experts.down.weight,
         None if up is None else up.weight,
@@ -226,8 +231,11 @@ def _weight(build: Builder, experts: Experts, hidden: fx.Node, tokens: Any) -> f
     if weight is None:
         return build.call(aten.new_ones.default, hidden, [tokens, experts.top_k])
     if experts.table:
-        named = index if rank(index) == rank(weight) else build.call(aten.unsqueeze.default, index, -1)
-        weight = build.call(aten.gather.default, _rebuilt(build, weight, index, {}), -1, named)
+        table = _rebuilt(build, weight, index, {})
+        named = [*(build.size(weight, dim) for dim in range(rank(weight) - 1)), experts.top_k]
+        if not sizes_equal(shape(index), (*shape(weight)[:-1], experts.top_k)):
+            index = build.call(aten.reshape.default, index, named)
+        weight = build.call(aten.gather.default, table, -1, index)
     return _two_dims(build, weight, tokens, experts.top_k)
 
 

@@ -111,6 +111,81 @@ def assigned(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
     return out
 
 
+def of_sequences(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """Tokens and the router's table with a dim for the batch."""
+    table = torch.zeros(_TOKENS, _EXPERTS).scatter(1, index, weight).view(1, _TOKENS, _EXPERTS)
+    x = x.view(1, _TOKENS, _HIDDEN)
+    return cast(Tensor, sum(expert(number, x) * table[..., number, None] for number in range(_EXPERTS)))
+
+
+def hidden_logits(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """A table that is a softmax of logits, all but the chosen ones minus infinity."""
+    table = torch.full((_TOKENS, _EXPERTS), float("-inf")).scatter(1, index, weight).softmax(-1)
+    return cast(Tensor, sum(expert(number, x) * table[:, number, None] for number in range(_EXPERTS)))
+
+
+def best_alone(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """One expert a token, on all tokens."""
+    out = torch.zeros_like(x)
+    for number in range(_EXPERTS):
+        out = out + expert(number, x) * (weight[:, 0] * (index[:, 0] == number)).unsqueeze(-1)
+    return out
+
+
+def best_assigned(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """One expert a token: its rows are assigned by a mask, and weighted later."""
+    out = torch.zeros_like(x)
+    for number in range(_EXPERTS):
+        mask = index[:, 0] == number
+        out[mask] = expert(number, x[mask])
+    return out * weight[:, :1]
+
+
+def best_kept(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """One expert a token, its output where it was chosen."""
+    out = torch.zeros_like(x)
+    for number in range(_EXPERTS):
+        out = out + torch.where((index[:, 0] == number)[:, None], expert(number, x), 0.0)
+    return out
+
+
+def any_place(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """Rows of tokens that have the expert at any place, weighted by a table's column."""
+    out, table = torch.zeros_like(x), torch.zeros(_TOKENS, _EXPERTS).scatter(1, index, weight)
+    for number in range(_EXPERTS):
+        rows = (index == number).any(-1)
+        out[rows] += expert(number, x[rows]) * table[rows, number].unsqueeze(1)
+    return out
+
+
+def overwritten(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """Of a token's two experts the later one is left."""
+    out = torch.zeros_like(x)
+    for number in range(_EXPERTS):
+        rows = (index == number).any(-1)
+        out[rows] = expert(number, x[rows])
+    return out
+
+
+def over_tokens(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """What no expert is for stays a token."""
+    out = x.clone()
+    for number in range(_EXPERTS):
+        mask = index[:, 0] == number
+        out[mask] = expert(number, x[mask])
+    return out
+
+
+def by_places(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """A loop over the places of a token's experts, too."""
+    out = torch.zeros_like(x)
+    for place in range(_TOP_K):
+        for number in range(_EXPERTS):
+            mask = index[:, place] == number
+            out[mask] += weight[mask, place : place + 1] * expert(number, x[mask])
+    return out
+
+
 def skipping(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
     """The first expert is left out."""
     out = torch.zeros_like(x)
@@ -156,6 +231,12 @@ LOOPS = (
     example("tokens found, stacked weights", found, stacked=True),
     example("tokens found in a mask", found_in_mask, bias=True),
     example("assigned", assigned),
+    example("of sequences", of_sequences),
+    example("hidden logits", hidden_logits),
+    example("the best alone", best_alone),
+    example("the best alone, assigned", best_assigned),
+    example("the best alone, kept", best_kept),
+    example("any place", any_place),
 )
 
 LOOPS_NEAR_MISSES = (
@@ -163,5 +244,8 @@ LOOPS_NEAR_MISSES = (
     example("an expert of another function", all_tokens, odd=True, reason="compute different functions"),
     example("other tokens", other_tokens, reason="does not run on the tokens that chose it"),
     example("other weights", other_weights, reason="different routers"),
+    example("by places", by_places, reason="not one for each expert"),
+    example("overwritten", overwritten, reason="overwrites what another one made"),
+    example("over the tokens", over_tokens, reason="others keep what they were"),
     example("a second bias", shifted, bias=True, reason="adds two biases"),
 )

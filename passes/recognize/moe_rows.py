@@ -20,7 +20,7 @@ from regraft.passes.recognize.moe_experts import Refused, float_source
 
 aten = torch.ops.aten
 
-_BLANK = (aten.empty_like.default, aten.zeros_like.default, aten.new_empty.default, aten.empty.memory_format)
+BLANK = (aten.empty_like.default, aten.zeros_like.default, aten.new_empty.default, aten.empty.memory_format)
 ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 _SORTS = (aten.sort.default, aten.sort.stable)
 _INTEGERS = (torch.int32, torch.int64)
@@ -41,10 +41,10 @@ def undone_by(inverse: Any) -> fx.Node | None:
         blank, where, values = inverse.args[:3]
         order = order_of(where[0]) if len(where) == 1 else None
         plain = not arguments(inverse)["accumulate"]
-        return order if plain and is_call(blank, _BLANK) and _counts_up(values, inverse) else None
+        return order if plain and is_call(blank, BLANK) and _counts_up(values, inverse) else None
     if is_call(inverse, (aten.scatter.src,)):
         blank, _, permutation, values = inverse.args
-        return order_of(permutation) if is_call(blank, _BLANK) and _counts_up(values, inverse) else None
+        return order_of(permutation) if is_call(blank, BLANK) and _counts_up(values, inverse) else None
     again = order_of(inverse)
     return order_of(again.args[0]) if again is not None and not _descending(again) else None
 

@@ -9,27 +9,43 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from regraft.ir.nodes import arguments, is_call, is_tensor, rank, shape
+from regraft.ir.nodes import is_call, is_tensor, rank, shape, size_equal, sizes_equal
 from regraft.passes.recognize.moe_experts import Refused, float_source
-from regraft.passes.recognize.moe_rows import ZEROS, distinct
+from regraft.passes.recognize.moe_rows import ZEROS
+from regraft.passes.recognize.moe_table import (
+    WHERE,
+    named_entry,
+    named_index,
+    named_place,
+    named_tokens,
+    top_k_of,
+    weighted_index,
+    weighted_tokens,
+)
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Expert ``number``, chosen where ``index [tokens, top_k]`` is it, weighted by ``weight [tokens,
-    top_k]``.
+    """Expert ``number``, chosen where ``index [tokens, top_k]`` is it, weighted by ``weight [tokens, top_k]``.
 
-    ``output`` is what is weighted. Where the expert runs on its own tokens alone, ``rows`` are their
-    numbers.
+    ``index`` may have the dims of the tokens alone, of one expert each. Weight None is one for each; a ``table`` is the
+    weight of every expert. ``output`` is what is weighted. Where the expert runs on its own tokens alone, ``rows`` are
+    their numbers, or true for them.
     """
 
     output: fx.Node
     index: fx.Node
-    weight: fx.Node
+    weight: fx.Node | None
     number: int
+    table: bool = False
     rows: fx.Node | None = None
+
+    @property
+    def routing(self) -> tuple[fx.Node, fx.Node | None, bool]:
+        """What all turns of a loop must share."""
+        return self.index, self.weight, self.table
 
     def tokens(self, source: fx.Node) -> fx.Node:
         """The tokens that the expert's input is taken from; raises ``Refused``."""
@@ -49,110 +65,124 @@ class Choice:
 
 
 def read_choice(term: Any, rows: fx.Node | None) -> Choice | None:
-    """The choice behind a weighted output; ``rows`` are those that it is added to, None for all. None when
-    ``term`` is not weighted by a router."""
+    """The choice behind an expert's output; ``rows`` are those that it is added to, None for all. None when ``term``
+    is not for tokens that a router chose."""
     term = float_source(term) if isinstance(term, fx.Node) else term
-    if not is_call(term, (aten.mul.Tensor,)):
-        return None
-    for output, factor in (term.args, term.args[::-1]):
-        if not is_tensor(output) or not is_tensor(factor) or shape(factor)[-1:] != (1,):
-            continue
-        found = _dense(factor) if rows is None else _sparse(factor, rows)
-        if found is not None:
-            return Choice(float_source(output), *found, rows)
+    if is_call(term, (aten.mul.Tensor,)):
+        for output, factor in (term.args, term.args[::-1]):
+            if not is_tensor(output) or not is_tensor(factor) or not rank(factor):
+                continue
+            if not size_equal(shape(factor)[-1], 1):
+                continue
+            found = _dense(factor) if rows is None else _sparse(factor, rows)
+            if found is not None:
+                return Choice(float_source(output), *found, rows=rows)
+    if rows is not None:
+        tokens = named_tokens(_mask_of(rows))
+        return None if tokens is None else Choice(float_source(term), tokens[0], None, tokens[1], rows=rows)
+    if is_call(term, WHERE):
+        mask, output, other = term.args[:3]
+        tokens = named_tokens(_unlifted(mask)) if other == 0 or is_call(other, ZEROS) else None
+        if tokens is not None and is_tensor(output) and rank(mask) == rank(term):
+            return Choice(float_source(output), tokens[0], None, tokens[1])
     return None
 
 
-Found = tuple[fx.Node, fx.Node, int]
+Found = tuple[fx.Node, fx.Node | None, int, bool]
 
 
 def _dense(factor: Any) -> Found | None:
-    """``(index, weight, expert)`` of one number a token: zero where the router did not choose the expert."""
+    """``(index, weight, expert, whether that is a table)`` of one number a token: zero where the router did not choose
+    the expert."""
     factor = _unlifted(float_source(factor))
     if is_call(factor, (aten.sum.dim_IntList,)) and list(factor.args[1]) == [-1]:
         return _masked(factor.args[0])
-    entry = _entry(factor)
-    if entry is None or rank(entry[0]) != 2:
+    masked = _masked(factor)
+    if masked is not None and rank(masked[0]) == rank(factor):  # of the one expert that a token has
+        return masked
+    entry = named_entry(factor)
+    if entry is not None:
+        return _column(*entry)
+    tokens = named_tokens(factor)
+    return None if tokens is None else (tokens[0], None, tokens[1], False)
+
+
+def _column(table: fx.Node, number: int) -> Found | None:
+    """The column of a table of every expert's weight for every token."""
+    table = float_source(table)
+    found = weighted_index(table)
+    if found is not None:
+        return *found, number, False
+    index = named_index(table)
+    if index is None or top_k_of(index, shape(table)[:-1]) is None:
         return None
-    table, number = entry
-    chosen = _combined(float_source(table))
-    return None if chosen is None else (*chosen, number)
-
-
-def _entry(node: Any) -> tuple[fx.Node, int] | None:
-    """``(table, column)`` of a column of a table of two dims."""
-    given = arguments(node) if node.op == "call_function" else {}
-    if is_call(node, (aten.select.int,)):
-        table, dim, number = given["self"], given["dim"], given["index"]
-        if is_call(table, (aten.permute.default,)) and list(table.args[1]) == [1, 0]:
-            table, dim = table.args[0], -3 - dim
-        return (table, number) if dim == -1 and isinstance(number, int) else None
-    if is_call(node, (aten.slice.Tensor,)) and given["dim"] == -1 and given["end"] == (given["start"] or 0) + 1:
-        return given["self"], given["start"] or 0
-    return None
+    return index, table, number, True
 
 
 def _masked(node: Any) -> Found | None:
     """``weight`` where ``index == expert``, zero elsewhere."""
     if is_call(node, (aten.mul.Tensor,)):
         for weight, mask in (node.args, node.args[::-1]):
-            found = _is_expert(mask)
-            if found is not None and is_tensor(weight):
-                return found[0], weight, found[1]
-    if is_call(node, (aten.where.ScalarOther, aten.where.self)):
+            found = named_place(mask)
+            if found is not None and is_tensor(weight) and sizes_equal(shape(weight), shape(mask)):
+                return found[0], weight, found[1], False
+    if is_call(node, WHERE):
         mask, weight, other = node.args
-        found = _is_expert(mask)
-        if found is not None and (other == 0 or is_call(other, ZEROS)):
-            return found[0], weight, found[1]
-    return None
-
-
-def _is_expert(mask: Any) -> tuple[fx.Node, int] | None:
-    """``(index, expert)`` of ``index == expert``, or of an entry of its one-hot form."""
-    while is_call(mask, (aten.to.dtype,)):
-        mask = mask.args[0]
-    if is_call(mask, (aten.eq.Scalar,)) and isinstance(mask.args[1], int):
-        return mask.args[0], mask.args[1]
-    if is_call(mask, (aten.select.int,)) and mask.args[1] == -1 and is_call(mask.args[0], (aten.one_hot.default,)):
-        return mask.args[0].args[0], mask.args[2]
-    return None
-
-
-def _combined(table: Any) -> tuple[fx.Node, fx.Node] | None:
-    """``(index, weight)`` of a table of every expert's weight for every token."""
-    if is_call(table, (aten.scatter.src,)):
-        blank, dim, index, weight = table.args
-        if is_call(blank, ZEROS) and dim in (1, -1) and distinct(index):
-            return index, weight
-    if is_call(table, (aten.sum.dim_IntList,)) and list(table.args[1]) == [-2]:
-        product = table.args[0]
-        if is_call(product, (aten.mul.Tensor,)):
-            for hot, weight in (product.args, product.args[::-1]):
-                while is_call(hot, (aten.to.dtype,)):
-                    hot = hot.args[0]
-                if is_call(hot, (aten.one_hot.default,)) and is_call(weight, (aten.unsqueeze.default,)):
-                    return hot.args[0], weight.args[0]
+        found = named_place(mask)
+        if found is not None and is_tensor(weight) and (other == 0 or is_call(other, ZEROS)):
+            return found[0], weight, found[1], False
     return None
 
 
 def _sparse(factor: Any, rows: fx.Node) -> Found | None:
-    """The routing weights of the pairs that ``where`` finds."""
+    """The routing weights of the pairs that ``where`` finds, or of the tokens that chose one expert."""
     factor = _unlifted(float_source(factor))
+    found = _found_pairs(factor, rows)
+    mask = _mask_of(rows) if found is None else None
+    picked = _at_rows(factor, rows)
+    if mask is None or picked is None:
+        return found
+    dense, weighted = _dense(picked), weighted_tokens(mask)
+    if weighted is not None:  # what the mask leaves out has no weight, in this table
+        entry = named_entry(picked)
+        whole = dense is not None and entry is not None and float_source(entry[0]) is float_source(weighted[2])
+        return dense if whole and dense is not None and (dense[0], dense[2]) == weighted[:2] else None
+    tokens = named_tokens(mask)
+    if tokens is None:
+        return None
+    index, number = tokens
+    if dense is not None:
+        return dense if (dense[0], dense[2]) == (index, number) else None
+    single = top_k_of(index, shape(picked)) == 1  # the weight of the one expert that a token has
+    return (index, picked, number, False) if single else None
+
+
+def _at_rows(factor: Any, rows: fx.Node) -> fx.Node | None:
+    """What a factor is, at all tokens."""
+    if is_call(factor, (aten.index.Tensor,)) and list(factor.args[1]) == [rows]:
+        return cast(fx.Node, _unlifted(factor.args[0]))
+    return None
+
+
+def _found_pairs(factor: Any, rows: fx.Node) -> Found | None:
     if not is_call(factor, (aten.index.Tensor,)) or len(factor.args[1]) != 2:
         return None
     token, slot = list(factor.args[1])
     if token is not rows or not is_call(token, (operator.getitem,)) or not is_call(slot, (operator.getitem,)):
         return None
     pairs = token.args[0]
-    if slot.args[0] is not pairs or not is_call(pairs, (aten.where.default, aten.nonzero_numpy.default)):
+    if slot.args[0] is not pairs or not is_call(pairs, _FINDERS):
         return None
     found = _where(pairs.args[0], rows.args[1], slot.args[1])
-    return None if found is None else (found[0], _unlifted(factor.args[0]), found[1])
+    return None if found is None else (found[0], _unlifted(factor.args[0]), found[1], False)
+
+
+_FINDERS = (aten.where.default, aten.nonzero_numpy.default)
 
 
 def _where(mask: Any, token_dim: Any, slot_dim: Any) -> tuple[fx.Node, int] | None:
     if (token_dim, slot_dim) == (0, 1):
-        found = _is_expert(mask)
+        found = named_place(mask)
         if found is not None:
             return found
     if is_call(mask, (aten.select.int,)) and mask.args[1] == -3 and is_call(mask.args[0], (aten.permute.default,)):
@@ -161,6 +191,20 @@ def _where(mask: Any, token_dim: Any, slot_dim: Any) -> tuple[fx.Node, int] | No
         if list(dims) == wanted and is_call(hot, (aten.one_hot.default,)) and rank(hot) == 3:
             return hot.args[0], mask.args[2]
     return None
+
+
+def _mask_of(rows: Any) -> fx.Node | None:
+    """The mask of tokens that ``rows`` are: itself, or what is true at those numbers."""
+    if is_tensor(rows) and rows.meta["val"].dtype == torch.bool:
+        return cast(fx.Node, rows)
+    if is_call(rows, (operator.getitem,)) and rows.args[1] == 0 and is_call(rows.args[0], _FINDERS):
+        mask = rows.args[0].args[0]
+        return mask if rank(mask) == 1 else None
+    source: Any = rows
+    while is_call(source, (aten.reshape.default, aten.select.int)):
+        source = source.args[0]
+    found = is_call(source, (aten.nonzero.default,)) and rank(source.args[0]) == 1
+    return source.args[0] if found else None
 
 
 def _unlifted(node: Any) -> Any:

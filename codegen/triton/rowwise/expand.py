@@ -135,6 +135,9 @@ class Calls(Builder):
             return self.call(aten.pow.Tensor_Scalar, self.call(aten.relu.default, x), 2)
         if activation == "quick_gelu":
             return self.call(aten.mul.Tensor, x, self.call(aten.sigmoid.default, self.call(aten.mul.Tensor, x, 1.702)))
+        if activation == "hardswish":
+            opened = self.call(aten.clamp.default, self.call(aten.add.Tensor, x, 3.0), 0.0, 6.0)
+            return self.call(aten.div.Tensor, self.call(aten.mul.Tensor, x, opened), 6.0)
         if activation == "gelu_tanh":
             return self.call(aten.gelu.default, x, approximate="tanh")
         return self.call(getattr(aten, activation).default, x)

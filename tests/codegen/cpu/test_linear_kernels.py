@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from regraft.codegen.cpu.context import Emitter
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
+from regraft.codegen.cpu.native import linear as native_linear
 from regraft.ir.ops.activation import ACTIVATIONS, activate
 from tests.codegen.cpu.support import LINEAR_KERNELS
 
@@ -61,6 +62,8 @@ def test_every_combination_of_epilogues(name: str, activation: str) -> None:
     x, weight = draw(5, IN), draw(OUT, IN, seed=1)
     if name == "onednn_fused" and activation not in ("none", "relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh"):
         pytest.skip("oneDNN has no such activation")
+    if name == "native" and activation not in native_linear.ACTIVATIONS:
+        pytest.skip("the kernel has no such activation")
     for has_bias, has_multiplier, has_residual in itertools.product((False, True), repeat=3):
         bias = draw(OUT, seed=2) if has_bias else None
         multiplier = draw(5, OUT, seed=3) if has_multiplier else None

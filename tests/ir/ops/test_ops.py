@@ -290,6 +290,11 @@ def test_rope_of_an_unknown_layout_names_the_known() -> None:
         ("silu", lambda x: x / (1 + torch.exp(-x))),
         ("sigmoid", lambda x: 1 / (1 + torch.exp(-x))),
         ("tanh", lambda x: (torch.exp(2 * x) - 1) / (torch.exp(2 * x) + 1)),
+        ("mish", lambda x: x * torch.tanh(torch.log(1 + torch.exp(x)))),
+        ("hardswish", lambda x: x * (x + 3).clamp(0, 6) / 6),
+        ("elu", lambda x: torch.where(x > 0, x, torch.exp(x) - 1)),
+        ("leaky_relu", lambda x: torch.where(x > 0, x, x / 100)),
+        ("softplus", lambda x: torch.log(1 + torch.exp(x))),
     ],
 )
 def test_activation_formula(name: str, formula: Callable[[Tensor], Tensor]) -> None:
@@ -298,7 +303,7 @@ def test_activation_formula(name: str, formula: Callable[[Tensor], Tensor]) -> N
 
 
 def test_every_activation_has_a_formula_above() -> None:
-    assert len(ACTIVATIONS) == 9
+    assert len(ACTIVATIONS) == 14
 
 
 def test_unknown_activation_names_the_known() -> None:

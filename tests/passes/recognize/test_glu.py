@@ -52,6 +52,13 @@ def units(program: Program) -> list[str]:
         (lambda x: x * torch.sigmoid(x), "silu"),
         (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
         (lambda x: F.relu(x).square(), "relu_squared"),
+        (F.mish, "mish"),
+        (lambda x: x * torch.tanh(F.softplus(x)), "mish"),
+        (lambda x: x * F.relu6(x + 3) / 6, "hardswish"),
+        (lambda x: x * F.hardsigmoid(x), "hardswish"),
+        (F.elu, "elu"),
+        (F.leaky_relu, "leaky_relu"),
+        (F.softplus, "softplus"),
     ],
 )
 def test_unit_is_found_with_its_activation(activation: Any, name: str, packed: bool) -> None:
