@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from regraft.build import Entry, Toolchain
 from regraft.codegen.cpu.native.kernels import NATIVE
-from regraft.compiled import CompiledModule, Options
+from regraft.compiled import CompiledModule
 from regraft.devices import device_of, move, running_device, what_differs
 from regraft.errors import ArtifactError, CaptureError, OptionError, RegraftError, TargetError
 from regraft.ir.capture_error import first_line
@@ -23,6 +23,7 @@ from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.transport import group_of
 from regraft.kernels import check_kernels, notes_of
+from regraft.options import Options
 
 if TYPE_CHECKING:
     from regraft.budget import Budget, Spending

@@ -9,9 +9,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from regraft.build import Build, Entry, Toolchain, build, copied_entry, own_output
+from regraft.build import Build, Entry, build, copied_entry, own_output
 from regraft.cuda_graphs import graphed
 from regraft.errors import ArtifactError, CaptureError, InputError, RegraftError
 from regraft.gate import CAPTURE, gate_of
@@ -29,6 +29,7 @@ from regraft.ir.capture_error import first_line
 from regraft.ir.errors import FailedAssertion
 from regraft.ir.memory import no_cycle_search, page_out
 from regraft.kernels import notes_of
+from regraft.options import Options
 from regraft.parking import Parking, empty
 from regraft.reference import Reference
 from regraft.stand_in import StandIn
@@ -36,7 +37,7 @@ from regraft.watch import WeightWatch
 
 if TYPE_CHECKING:
     from regraft.budget import Spending
-    from regraft.experts import Placement, Together
+    from regraft.experts import Together
     from regraft.report.model import Report
 
 _LOG = logging.getLogger("regraft")
@@ -45,27 +46,6 @@ _KEYS_REMEMBERED = 4096
 _EVENTS_REMEMBERED = 256
 _CALLS_OF_USE = 4  # code that serves fewer calls before the model changes was not worth compiling …
 _RESTLESS = 8  # … and this often in a row, the model is left alone until it rests
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a model is compiled; see ``regraft.compile``. ``maximum_entries`` bounds the captures that are kept."""
-
-    target: str = "cpu"
-    dynamic: Any = None
-    verify: str = "each"
-    maximum_entries: int = 8
-    toolchain: Toolchain = field(default_factory=Toolchain)
-    experts: Placement | None = None
-    spending: Spending | None = None
-    unpad: Callable[..., str] | None = None
-    cuda_graphs: bool = False
-    free_original: bool = False
-
-    @property
-    def sharded(self) -> bool:
-        """Whether compiled code is one rank's part of the model, which the original cannot stand in for."""
-        return self.experts is not None and self.experts.sharded
 
 
 @dataclass(frozen=True)

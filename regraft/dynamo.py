@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from regraft.api import VERIFY
-from regraft.compiled import CompiledModule, Options
+from regraft.compiled import CompiledModule
 from regraft.errors import OptionError
+from regraft.options import Options
 from regraft.report.model import Report
 
 _LOG = logging.getLogger("regraft")

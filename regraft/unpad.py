@@ -23,7 +23,7 @@ from regraft.passes.tokens.unpad import Unpad, padding_mask
 from regraft.reference import Reference
 
 if TYPE_CHECKING:
-    from regraft.compiled import Options
+    from regraft.options import Options
 
 _ROUNDS = 5
 _NEVER = "the padded model runs, for packing did not pay at any share of tokens that was measured"
