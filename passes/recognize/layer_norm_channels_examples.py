@@ -36,9 +36,7 @@ EXAMPLES = (
         "variance", lambda x, w, b: (x - x.mean(1, True)) * (x.var(1, unbiased=False, keepdim=True) + 1e-6).rsqrt()
     ),
     example("bare", lambda x, w, b: normalized(x)),
+    example("weight over columns, which stays outside", lambda x, w, b: normalized(x) * w[:5]),
 )
 
-NEAR_MISSES = (
-    example("variance over rows", lambda x, w, b: normalized(x, 1, 2), "over different dims"),
-    example("weight over columns", lambda x, w, b: normalized(x) * w[:5], "the weight is not one number for each"),
-)
+NEAR_MISSES = (example("variance over rows", lambda x, w, b: normalized(x, 1, 2), "over different dims"),)
