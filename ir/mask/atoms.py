@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -71,14 +72,31 @@ class Describer:
             return EVERYTHING if expression.value else NOTHING
         kept = len(self.tensors)
         try:
-            return self._structure(expression)
+            made = self._structure(expression)
         except Unknown:
             del self.tensors[kept:]
+        else:
+            held = self._held(expression) if self._reads_numbers(made) else None
+            if held is None:
+                return made
+            del self.tensors[kept:]
+            return Dense(self.slot(held))
         if isinstance(self.rows, Const) and isinstance(self.columns, Const):
             proved = predicate_on_grid(expression, int(self.rows.value), int(self.columns.value))
             if proved is not None:
                 return proved
         return Dense(self.slot(self.tensor(expression)))
+
+    def _reads_numbers(self, made: Predicate) -> bool:
+        """Whether a predicate is a tensor of numbers that are asked for zero: it takes eight times the memory of the
+        answers, too much for a constant of many keys, and is made in every call then."""
+        dense = made.operand if isinstance(made, Not) else made
+        value = fake(self.tensors[dense.tensor]) if isinstance(dense, Dense) else None
+        return value is not None and value.dtype != torch.bool
+
+    def _held(self, expression: Expression) -> Node | None:
+        """A node of truth values that holds the expression."""
+        return next((node for node in self._nodes(expression) if node.meta["val"].dtype == torch.bool), None)
 
     def slot(self, node: Node) -> int:
         if node not in self.tensors:
@@ -87,11 +105,16 @@ class Describer:
 
     def tensor(self, expression: Expression) -> Node:
         """A node which holds the expression and broadcasts to [batch, heads, query length, key length]."""
+        node = next(self._nodes(expression), None)
+        if node is None:
+            raise Unknown
+        return node
+
+    def _nodes(self, expression: Expression) -> Iterator[Node]:
         dims = index_dims(expression)
         for node in self.interpreter.witnesses(expression):
             if self.fits(node) and (HEAD in dims or not _has_third_dim(node)):
-                return node
-        raise Unknown
+                yield node
 
     def fits(self, node: Node) -> bool:
         value = fake(node)

@@ -261,6 +261,19 @@ def test_constant_buffers() -> None:
     assert not isinstance(known, Refusal) and is_causal(known.predicate)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_numbers_that_are_asked_for_zero_are_kept_as_the_answers(dynamic: bool) -> None:
+    """A dilated mask: the remainders take eight times the memory of what is asked of them."""
+
+    def dilated(ids: Tensor) -> Tensor:
+        return ((q(ids) - k(ids)) % 3 == 0) & causal(ids)
+
+    form, got, want = recognize(dilated, (IDS,), dynamic)
+    assert [node.meta["val"].dtype for node in form.tensors] == [torch.bool]
+    assert str(form.predicate) == "band(None,0) & dense(0)"
+    assert torch.equal(got, want)
+
+
 def test_refusals_say_why() -> None:
     _, node = export(causal, (IDS,), False)
     assert isinstance(recognize_mask(node, 3, 3), Refusal)
