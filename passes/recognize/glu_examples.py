@@ -84,9 +84,5 @@ GLU_NEAR_MISSES = (
 )
 TORCH_GLU = (example("last dimension", lambda x, w, v: F.glu(F.linear(x, w), -1)),)
 TORCH_GLU_NEAR_MISSES = (
-    example("another elu", over(lambda gate: F.elu(gate, alpha=0.5)), "other parameters than the usual ones"),
-    example(
-        "scaled gate of itself", lambda x, w, v: F.relu(2 * (h := F.linear(x, w))) * h, "the gate multiplies itself"
-    ),
     example("channels", lambda x, w, v: F.glu(F.linear(x, w).transpose(1, 2), 1), "another dimension"),
 )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.ir.nodes import Builder, arguments, is_call, is_tensor, shape, sizes_equal
+from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, shape, sizes_equal
 from regraft.ir.pattern import add, anything, either, operator
 from regraft.ir.program import Program
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
@@ -76,6 +76,7 @@ def analyse(match: Match) -> Experts | Refused | None:
     try:
         experts = sorted((_expert(*term) for term in terms), key=lambda expert: expert.choice.number)
         _check(experts, match.root)
+        _check_read(match.root)
         if assigned:
             _check_assigned(experts, base, match.root)
         blank = is_call(base, (*ZEROS, *BLANK) if assigned else ZEROS)
@@ -141,6 +142,14 @@ def _turn(node: Any) -> _Turn | None:
             if is_tensor(before) and is_tensor(term) and read_choice(term, None) is not None:
                 return _Turn(before, (term, None))
     return None
+
+
+def _check_read(root: fx.Node) -> None:
+    """A mask's rows are counted where they are read: a sum that is read so would be computed for its size alone."""
+    step = _turn(root)
+    rows = step.term[1] if step is not None and step.way == "read" else None
+    if rows is not None and dtype(rows) == torch.bool:
+        raise Refused("the sum is read by a mask, and how many rows there are is known from what is read", root)
 
 
 def _check_assigned(experts: list[Expert], base: fx.Node | None, root: fx.Node) -> None:

@@ -153,6 +153,15 @@ def any_place(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
     """Rows of tokens that have the expert at any place, weighted by a table's column."""
     out, table = torch.zeros_like(x), torch.zeros(_TOKENS, _EXPERTS).scatter(1, index, weight)
     for number in range(_EXPERTS):
+        (rows,) = torch.where((index == number).any(-1))
+        out[rows] += expert(number, x[rows]) * table[rows, number].unsqueeze(1)
+    return out
+
+
+def any_place_masked(x: Tensor, index: Tensor, weight: Tensor, expert: Any) -> Tensor:
+    """The same by masks: how many rows there are is the size of what is read of the sum."""
+    out, table = torch.zeros_like(x), torch.zeros(_TOKENS, _EXPERTS).scatter(1, index, weight)
+    for number in range(_EXPERTS):
         rows = (index == number).any(-1)
         out[rows] += expert(number, x[rows]) * table[rows, number].unsqueeze(1)
     return out
@@ -245,6 +254,7 @@ LOOPS_NEAR_MISSES = (
     example("other tokens", other_tokens, reason="does not run on the tokens that chose it"),
     example("other weights", other_weights, reason="different routers"),
     example("by places", by_places, reason="not one for each expert"),
+    example("any place, by masks", any_place_masked, reason="how many rows there are is known from what is read"),
     example("overwritten", overwritten, reason="overwrites what another one made"),
     example("over the tokens", over_tokens, reason="others keep what they were"),
     example("a second bias", shifted, bias=True, reason="adds two biases"),
