@@ -65,8 +65,9 @@ def compile(
     first call compiles. ``dynamic``: None for the example's shapes (a new shape is compiled when it comes, a
     bounded number of times), True for symbolic sizes wherever the model allows, or a ``torch.export``
     specification. ``verify``: "each" rewrite and the final output are compared with the original's, "final" only
-    the latter, "off" neither. ``free_original`` empties the model after compiling: its weights live on only in
-    compiled code. ``toolchain`` replaces the passes and the lowering.
+    the latter, "off" neither. ``free_original`` empties the model: its weights live on only in compiled code, which
+    takes their place layer by layer (they wait in a temporary file, and come back where nothing is compiled).
+    ``toolchain`` replaces the passes and the lowering.
 
     ``target``: "cpu", "cuda" or an architecture as "cuda:sm_90"; the model's device by default. A model on the CPU can
     be compiled and saved for a GPU: here its kernels run as their definitions. See docs/lowering-triton.md.
