@@ -19,10 +19,10 @@ _MAPPINGS = Path("/proc/self/maps")
 
 
 @functools.cache
-def _trim() -> Callable[[int], int] | None:
-    """glibc's ``malloc_trim``; None where the C library has none."""
+def _of_c(name: str) -> Callable[..., int] | None:
+    """A function of the C library: ``malloc_trim`` is glibc's, ``madvise`` of systems like Unix; None without it."""
     try:
-        function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):
         return None
     return function
@@ -30,7 +30,7 @@ def _trim() -> Callable[[int], int] | None:
 
 def give_back() -> None:
     """Return free pages of the heap to the system. Costs milliseconds: for the end of a phase, not for a hot path."""
-    trim = _trim()
+    trim = _of_c("malloc_trim")
     if trim is not None:
         trim(0)
 
@@ -44,7 +44,9 @@ def page_out(tensor: Tensor) -> bool:
     if not _in_a_file(start, end):
         return False
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    advise = ctypes.CDLL(None).madvise
+    advise = _of_c("madvise")
+    if advise is None:
+        return False
     return bool(advise(ctypes.c_void_p(first), ctypes.c_size_t(max(last - first, 0)), _PAGE_OUT) == 0)
 
 
@@ -54,11 +56,11 @@ def _in_a_file(start: int, end: int) -> bool:
         mappings = _MAPPINGS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         return False
-    for mapping in mappings:  # "start-end permissions offset device inode path"
-        place, _, _, _, inode, *_ = mapping.split(maxsplit=5)
-        low, high = (int(address, 16) for address in place.split("-"))
-        if low <= start and end <= high:
-            return inode != "0"
+    for mapping in mappings:  # "low-high permissions offset device inode path", in the order of addresses
+        low, _, rest = mapping.partition("-")
+        if int(rest[: rest.index(" ")], 16) > start:
+            high, _, _, _, inode, *_ = rest.split(maxsplit=5)
+            return int(low, 16) <= start and end <= int(high, 16) and inode != "0"
     return False
 
 

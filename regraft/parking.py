@@ -99,6 +99,8 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is large, on the CPU, and covers all of its memory by itself."""
+    """Whether a tensor is large, on the CPU, and all of its memory by itself."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.nbytes >= _WORTH_A_WRITE and tensor.untyped_storage().nbytes() == tensor.nbytes
+    if not plain or tensor.is_inference() or tensor.is_neg() or tensor.is_conj():
+        return False  # memory that cannot be exchanged, or does not hold the numbers by itself
+    return tensor.nbytes >= _WORTH_A_WRITE and tensor.untyped_storage().nbytes() == tensor.nbytes

@@ -49,10 +49,10 @@ def test_memory_is_given_back_where_the_library_can(monkeypatch: pytest.MonkeyPa
         asked.append(kept)
         return 1
 
-    monkeypatch.setattr(memory, "_trim", lambda: trim)
+    monkeypatch.setattr(memory, "_of_c", lambda name: trim)
     give_back()
     assert asked == [0]
-    monkeypatch.setattr(memory, "_trim", lambda: None)
+    monkeypatch.setattr(memory, "_of_c", lambda name: None)
     give_back()
     assert asked == [0]
 

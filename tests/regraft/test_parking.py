@@ -78,6 +78,20 @@ def test_what_comes_back_is_in_memory_and_can_be_written() -> None:
     assert torch.equal(model.plain, values + 1)
 
 
+def test_memory_that_does_not_hold_the_numbers_by_itself_stays() -> None:
+    model = nn.Module()
+    model.register_buffer("negated", torch._neg_view(torch.randn(LARGE)))
+    with torch.inference_mode():
+        model.register_buffer("inferred", torch.randn(LARGE))
+    values = [value.clone() for value in model.buffers()]
+    parking = Parking(model)
+    for value in model.buffers():
+        parking.park(value)
+    parking.take_back()
+    assert all(torch.equal(value, held) for value, held in zip(values, model.buffers(), strict=True))
+    assert not any(mapped(value) for value in model.buffers())
+
+
 def test_tensors_of_others_stay_where_they_are() -> None:
     model, other = Weights(), nn.Parameter(torch.randn(LARGE))
     Parking(model).park(other)
