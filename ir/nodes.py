@@ -16,6 +16,16 @@ from torch._subclasses import FakeTensorMode
 
 #: Frames of PyTorch and of the capture are not the user's code.
 INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+#: Makers of tensors of one number, in the shape of another tensor or in one that is given beside it.
+FILLED_LIKE = (
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.ones_like.default,
+    torch.ops.aten.full_like.default,
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_full.default,
+)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from regraft.ir.nodes import arguments, is_tensor, rank, shape
+from regraft.ir.nodes import FILLED_LIKE, arguments, is_tensor, rank, shape
 from regraft.passes.experts import expert_axis as axis
 from regraft.passes.experts.expert_axis import SAME, Along, Effect, Grouped, Numbers, Same
 from regraft.passes.refused import Refused
@@ -260,12 +260,7 @@ def one_hot(walk: Walk, node: fx.Node) -> Effects:
 
 
 @_rule(
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
+    *FILLED_LIKE,
     aten.empty_like.default,
     aten.sym_size.int,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.ir.nodes import Builder, arguments, is_call, is_tensor, rank, shape, size_equal
+from regraft.ir.nodes import FILLED_LIKE, Builder, arguments, is_call, is_tensor, rank, shape, size_equal
 from regraft.ir.pointwise import is_pointwise
 from regraft.ir.program import Program
 from regraft.ir.weights import WeightOp
@@ -29,12 +29,7 @@ _UNIFORM = frozenset(
         aten.zeros.default,
         aten.ones.default,
         aten.full.default,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.full_like.default,
-        aten.new_zeros.default,
-        aten.new_ones.default,
-        aten.new_full.default,
+        *FILLED_LIKE,
         aten.scalar_tensor.default,
     )
 )

@@ -9,21 +9,23 @@ import torch
 from torch import fx
 
 from regraft.ir import ops
-from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal, sizes_equal
+from regraft.ir.nodes import (
+    FILLED_LIKE,
+    Builder,
+    arguments,
+    dtype,
+    is_call,
+    is_tensor,
+    rank,
+    shape,
+    size_equal,
+    sizes_equal,
+)
 from regraft.ir.ops.activation import activation_name
 from regraft.ir.ops.moe import moe
 
 aten = torch.ops.aten
 
-#: Makers of tensors of one number, which read no more than a shape.
-_FILLED = (
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -242,7 +244,7 @@ def _weight(build: Builder, experts: Experts, hidden: fx.Node, tokens: Any) -> f
 def _rebuilt(build: Builder, table: fx.Node, index: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
     """The table made anew from the index: a rewrite is checked on random values of what it reads, and only the table's
     own nodes keep its zeros where they are."""
-    if table is index or not (is_call(table, _FILLED) or _reads(table, index)):
+    if table is index or not (is_call(table, FILLED_LIKE) or _reads(table, index)):
         return table
     if table not in known:
         args = fx.map_arg(table.args, lambda node: _rebuilt(build, node, index, known))
