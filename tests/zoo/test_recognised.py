@@ -97,7 +97,7 @@ SYSTEMS: dict[str, System] = {
     "word blocks": System(
         masks.WordBlocks, (("softmax", "same(0,0)"),), lambda: (X, torch.arange(24).expand(2, -1) // 5)
     ),
-    "dilated": System(masks.Dilated, (("softmax", "band(-8,0) & ~dense(0)"),)),
+    "dilated": System(masks.Dilated, (("softmax", "band(-8,0) & dense(0)"),)),
 }
 
 
