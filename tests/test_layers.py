@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "passes": {"passes", "ir", "solvers"},
     "codegen": {"codegen", "ir"},
 }
+#: Folder of codegen -> folders beside it that its files may not import: what both back ends use is neither's.
+APART = {"rowwise": {"cpu", "triton"}, "cpu": {"triton"}}
 #: Modules of the face, the highest first; a module imports from its own layer and those below.
 FACE_LAYERS = (("cli",), ("api", "dynamo"), ("compiled",), ("report", "artifact", "sources"))
 LONGEST_FILE = 450
@@ -54,6 +56,18 @@ def test_a_package_imports_only_what_lies_below_it(folder: str) -> None:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
             if parts[0] == "regraft" and len(parts) > 1 and parts[1] not in allowed:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", APART)
+def test_a_back_end_keeps_to_itself(folder: str) -> None:
+    barred = {f"regraft.codegen.{other}" for other in APART[folder]}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files(f"codegen/{folder}")
+        for line, name in imported(path)
+        if ".".join(name.split(".")[:3]) in barred
+    ]
     assert not wrong, "\n".join(wrong)
 
 

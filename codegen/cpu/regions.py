@@ -14,9 +14,9 @@ from regraft.codegen.cpu.native.kernels import FUSED
 from regraft.codegen.cpu.native_operators import fused_native
 from regraft.codegen.cpu.row_instructions import refuse
 from regraft.codegen.cpu.row_programs import compiled
-from regraft.codegen.triton.rowwise.axes import Unfusable
-from regraft.codegen.triton.rowwise.expand import expand
-from regraft.codegen.triton.rowwise.operators import is_free_view, step_of
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.expand import expand
+from regraft.codegen.rowwise.operators import is_free_view, step_of
 from regraft.ir import ops
 from regraft.ir.cost import footprint, node_cost
 from regraft.ir.program import Program
@@ -40,7 +40,7 @@ def row_regions(program: Program) -> list[Region]:
     worth_it = _WORTH_IT * sum(node_cost(node).bytes for node in program.graph.nodes)
     if _most_saved(program) <= worth_it:
         return []
-    from regraft.codegen.triton.rowwise.partition import find_regions  # takes a while to import
+    from regraft.codegen.rowwise.partition import find_regions  # takes a while to import
 
     found, saved = [], 0.0
     for region in find_regions(program, refuse).regions:

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from regraft.codegen.cpu.native.fused import Instruction
-from regraft.codegen.triton.rowwise.axes import Unfusable
-from regraft.codegen.triton.rowwise.primitives import is_copy, operator_word
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.primitives import is_copy, operator_word
 from regraft.ir import ops
 from regraft.ir.nodes import dtype, is_tensor, shape
 

@@ -1,7 +1,7 @@
 """Regions of calls on rows as row programs (``native/fused.cpp``): one pass over memory for what a chain of
 element-wise calls and reductions of rows would write and read again.
 
-Regions are found as for GPUs (``codegen/triton/rowwise``), in fp32; norms, rope and gates, which have kernels of their
+Regions are found as for GPUs (``codegen/rowwise``), in fp32; norms, rope and gates, which have kernels of their
 own, stay outside.
 """
 
@@ -24,10 +24,10 @@ from regraft.codegen.cpu.native.fused import (
     code_of,
 )
 from regraft.codegen.cpu.row_instructions import MOVES, REDUCTIONS, WRITERS, Emitter
-from regraft.codegen.triton.rowwise.axes import COLUMN, Labels, RowAxes, Unfusable, memory_order
-from regraft.codegen.triton.rowwise.expand import Expansion
-from regraft.codegen.triton.rowwise.operators import interleave
-from regraft.codegen.triton.rowwise.primitives import is_copy, operator_word
+from regraft.codegen.rowwise.axes import COLUMN, Labels, RowAxes, Unfusable, memory_order
+from regraft.codegen.rowwise.expand import Expansion
+from regraft.codegen.rowwise.operators import interleave
+from regraft.codegen.rowwise.primitives import is_copy, operator_word
 from regraft.ir.nodes import arguments, dtype, shape
 
 _LONGEST_ROW = 16384  # of a program that needs whole rows: its registers stay in the second cache

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from regraft.codegen.rowwise.axes import Unfusable
 from regraft.codegen.triton.attention_merge import MergeSpec, emit_merge
 from regraft.codegen.triton.attention_part_mask import PartMask
 from regraft.codegen.triton.attention_site import emit_attention, is_decode
 from regraft.codegen.triton.attention_spec import AttentionSpec, Unsupported, site_spec
 from regraft.codegen.triton.emit import Kernel, Origin
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.lower import RegionReport
 from regraft.codegen.triton.sites import Sites
 from regraft.ir import ops

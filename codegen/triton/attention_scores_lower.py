@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from regraft.codegen.rowwise.axes import Unfusable
 from regraft.codegen.triton.attention_columns import emit_columns
 from regraft.codegen.triton.attention_rows import emit_rows
 from regraft.codegen.triton.attention_spec import AttentionSpec, Unsupported, site_spec
 from regraft.codegen.triton.attention_topk import MOST_SHARED, TopkSpec, emit_topk
 from regraft.codegen.triton.emit import Kernel, Origin
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.lower import RegionReport
 from regraft.codegen.triton.sites import Sites
 from regraft.ir import ops

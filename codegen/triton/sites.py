@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx
 
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.partition import Left
 from regraft.codegen.triton.emit import Kernel, Origin
 from regraft.codegen.triton.load import load_kernel
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.lower import Placed, RegionReport
-from regraft.codegen.triton.rowwise.partition import Left
 from regraft.ir.nodes import user_line
 from regraft.ir.program import Program
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.expand import expand
+from regraft.codegen.rowwise.operators import FLOATS
 from regraft.codegen.triton.emit import Origin, render
 from regraft.codegen.triton.gemm.configs import FEW_ROWS, few_configs, product_configs
 from regraft.codegen.triton.gemm.text import ProductText
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.emit import RegionKernel
-from regraft.codegen.triton.rowwise.expand import expand
 from regraft.codegen.triton.rowwise.file import RegionFile
-from regraft.codegen.triton.rowwise.operators import FLOATS
 from regraft.ir.nodes import dtype
 
 _NAME = "product"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
+from regraft.codegen.rowwise.axes import RowAxes
+from regraft.codegen.rowwise.expand import Calls
 from regraft.codegen.triton.attention_configs import ARCHS
 from regraft.codegen.triton.emit import (
     POINTER_KINDS,
@@ -27,10 +29,8 @@ from regraft.codegen.triton.emit import (
 )
 from regraft.codegen.triton.gemm.configs import few_configs, product_configs
 from regraft.codegen.triton.gemm.experts_spec import ExpertsSpec
-from regraft.codegen.triton.rowwise.axes import RowAxes
 from regraft.codegen.triton.rowwise.columns import Span
 from regraft.codegen.triton.rowwise.device import DeviceText
-from regraft.codegen.triton.rowwise.expand import Calls
 from regraft.codegen.triton.rowwise.helpers import helper_text
 from regraft.codegen.triton.rowwise.reference import reference_lines
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.codegen.triton.rowwise.axes import Unfusable
-from regraft.codegen.triton.rowwise.operators import FLOATS
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.operators import FLOATS
 from regraft.ir.nodes import arguments, dtype, shape
 from regraft.ir.ops.activation import ACTIVATIONS
 from regraft.ir.ops.moe import LAYOUTS

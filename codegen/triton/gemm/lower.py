@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.operators import Kind, Step, is_free_view, step_of
+from regraft.codegen.rowwise.partition import Left, Region, outputs_of
 from regraft.codegen.triton.attention_part_lower import lower_parts
 from regraft.codegen.triton.attention_scores_lower import lower_scores
 from regraft.codegen.triton.emit import Kernel, Origin
@@ -21,10 +24,7 @@ from regraft.codegen.triton.gemm.emit import emit_product
 from regraft.codegen.triton.gemm.experts import emit_experts
 from regraft.codegen.triton.gemm.experts_spec import ExpertsSpec, experts_spec
 from regraft.codegen.triton.load import load_kernel
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.lower import Placed, RegionReport, lower_regions, place_alike
-from regraft.codegen.triton.rowwise.operators import Kind, Step, is_free_view, step_of
-from regraft.codegen.triton.rowwise.partition import Left, Region, outputs_of
 from regraft.codegen.triton.tokens.lower import lower_tokens
 from regraft.ir import ops
 from regraft.ir.cost import footprint, node_cost

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from regraft.codegen.rowwise.expand import Calls
 from regraft.codegen.triton.emit import Kernel, dtype_name
 from regraft.codegen.triton.gemm.emit import emit_product
 from regraft.codegen.triton.gemm.experts import emit_experts
 from regraft.codegen.triton.gemm.experts_spec import ExpertsSpec
-from regraft.codegen.triton.rowwise.expand import Calls
 from regraft.codegen.triton.rowwise.samples import RegionSample, Writes
 from regraft.ir import ops
 

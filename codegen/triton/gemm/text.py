@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import fx
 
-from regraft.codegen.triton.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.operators import product
 from regraft.codegen.triton.rowwise.columns import Span
 from regraft.codegen.triton.rowwise.device import DeviceText
 from regraft.codegen.triton.rowwise.file import RegionFile
-from regraft.codegen.triton.rowwise.operators import product
 from regraft.ir.nodes import dtype, shape
 
 #: Names of the template.

@@ -1,1 +1,1 @@
-"""Row-wise regions of a graph as Triton kernels: found, emitted, and put into the graph in their place."""
+"""Row-wise regions (``codegen/rowwise``) as Triton kernels: emitted, and put into the graph in their place."""

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from regraft.codegen.triton.rowwise.operators import Kind, interleave, product, step_of
+from regraft.codegen.rowwise.operators import Kind, interleave, product, step_of
 from regraft.ir.nodes import arguments, shape
 
 aten = torch.ops.aten

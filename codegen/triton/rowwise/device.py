@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.codegen.triton.rowwise.axes import COLUMN, Labels, RowAxes, Unfusable
+from regraft.codegen.rowwise.axes import COLUMN, Labels, RowAxes, Unfusable
+from regraft.codegen.rowwise.operators import Kind, interleave, step_of
+from regraft.codegen.rowwise.primitives import COMPARISONS, REDUCTIONS, operator_word, pointwise
 from regraft.codegen.triton.rowwise.columns import Span, slice_span, spans_of
 from regraft.codegen.triton.rowwise.helpers import HELPERS
-from regraft.codegen.triton.rowwise.operators import Kind, interleave, step_of
-from regraft.codegen.triton.rowwise.primitives import COMPARISONS, REDUCTIONS, operator_word, pointwise
+from regraft.codegen.triton.rowwise.pointwise import TEXTS
 from regraft.ir.nodes import arguments, dtype, shape
 
 aten = torch.ops.aten
@@ -221,7 +222,7 @@ class DeviceText:
     def _pointwise(self, node: fx.Node, span: Span | None) -> None:
         found = pointwise(node)
         assert found is not None
-        entry, operands = found
+        primitive, operands = found
         word = operator_word(node.target)
         kind = self._common(node, operands) if word in COMPARISONS else dtype(node)
         texts = [
@@ -230,11 +231,12 @@ class DeviceText:
         ]
         if word == "masked_fill":
             texts[1] = self._operand(node, operands[1], span, None)
-        self.body.helpers |= set(entry.helpers)
-        text = entry.text.format(*texts)
+        template, helpers = TEXTS[primitive.name]
+        self.body.helpers |= set(helpers)
+        text = template.format(*texts)
         tensors = [dtype(operand) for operand in operands if isinstance(operand, fx.Node)]
         same = len(tensors) == len(operands) and set(tensors) <= {dtype(node), torch.bool}
-        self._define((node, span), node, text, exact=entry.exact and same)
+        self._define((node, span), node, text, exact=primitive.exact and same)
 
     def _operand(self, node: fx.Node, operand: Any, span: Span | None, kind: torch.dtype | None) -> str:
         """An operand in the type that its call computes in (None: as it is)."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
+from regraft.codegen.rowwise.axes import memory_order
+from regraft.codegen.rowwise.expand import expand
 from regraft.codegen.triton.emit import Kernel, Origin, render
-from regraft.codegen.triton.rowwise.axes import memory_order
 from regraft.codegen.triton.rowwise.configs import LONGEST_WHOLE, chunk_configs, whole_configs
 from regraft.codegen.triton.rowwise.device import DeviceText
-from regraft.codegen.triton.rowwise.expand import expand
 from regraft.codegen.triton.rowwise.file import RegionFile
 
 _NAME = "rowwise"

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from regraft.codegen.rowwise.axes import COLUMN, UNIT, Labels, RowAxes, Unfusable, memory_order
+from regraft.codegen.rowwise.expand import Expansion
+from regraft.codegen.rowwise.operators import interleave, product
 from regraft.codegen.triton.emit import POINTER_KINDS, Entry, Kernel, Origin, Parameter, digest, header
-from regraft.codegen.triton.rowwise.axes import COLUMN, UNIT, Labels, RowAxes, Unfusable, memory_order
 from regraft.codegen.triton.rowwise.device import Body, View
-from regraft.codegen.triton.rowwise.expand import Expansion
 from regraft.codegen.triton.rowwise.helpers import helper_text
-from regraft.codegen.triton.rowwise.operators import interleave, product
 from regraft.codegen.triton.rowwise.reference import reference_lines
 from regraft.ir.nodes import dtype, shape
 

@@ -15,11 +15,11 @@ import networkx as nx
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.partition import Left, Region, find_regions
 from regraft.codegen.triton.emit import Kernel, Origin
 from regraft.codegen.triton.load import load_kernel
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.emit import RegionKernel, emit_region, memory_order
-from regraft.codegen.triton.rowwise.partition import Left, Region, find_regions
 from regraft.ir.exactness import Exactness
 from regraft.ir.nodes import arguments, is_tensor, user_line
 from regraft.ir.program import Program

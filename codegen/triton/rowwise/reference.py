@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.codegen.triton.rowwise.operators import interleave, product
-from regraft.codegen.triton.rowwise.primitives import operator_word
+from regraft.codegen.rowwise.operators import interleave, product
+from regraft.codegen.rowwise.primitives import operator_word
 from regraft.ir.nodes import arguments
 
 aten = torch.ops.aten

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
+from regraft.codegen.rowwise.expand import Calls
 from regraft.codegen.triton.emit import Kernel, dtype_name
 from regraft.codegen.triton.rowwise.emit import emit_region
-from regraft.codegen.triton.rowwise.expand import Calls
 from regraft.ir import ops
 
 aten = torch.ops.aten

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.partition import Region
 from regraft.codegen.triton.emit import Kernel, Origin
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.lower import RegionReport, structure
-from regraft.codegen.triton.rowwise.partition import Region
 from regraft.codegen.triton.sites import Sites
 from regraft.codegen.triton.tokens.merge import MergeKernel, MergeSpec, emit_merge_tokens
 from regraft.codegen.triton.tokens.plan import emit_plan

@@ -16,6 +16,9 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
+from regraft.codegen.rowwise.axes import COLUMN, Unfusable
+from regraft.codegen.rowwise.expand import expand
+from regraft.codegen.rowwise.operators import FLOATS
 from regraft.codegen.triton.emit import (
     POINTER_KINDS,
     Entry,
@@ -27,13 +30,10 @@ from regraft.codegen.triton.emit import (
     header,
     render,
 )
-from regraft.codegen.triton.rowwise.axes import COLUMN, Unfusable
 from regraft.codegen.triton.rowwise.columns import Span
 from regraft.codegen.triton.rowwise.device import DeviceText, View
-from regraft.codegen.triton.rowwise.expand import expand
 from regraft.codegen.triton.rowwise.file import RegionFile
 from regraft.codegen.triton.rowwise.helpers import helper_text
-from regraft.codegen.triton.rowwise.operators import FLOATS
 from regraft.codegen.triton.rowwise.reference import reference_lines
 from regraft.codegen.triton.tokens.configs import WIDEST, merge_configs, padded
 from regraft.ir.nodes import dtype

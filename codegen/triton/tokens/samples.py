@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from regraft.codegen.rowwise.expand import Calls
 from regraft.codegen.triton.emit import Kernel, dtype_name
-from regraft.codegen.triton.rowwise.expand import Calls
 from regraft.codegen.triton.rowwise.samples import Writes, written
 from regraft.codegen.triton.tokens.merge import MergeSpec, emit_merge_tokens
 from regraft.codegen.triton.tokens.plan import emit_plan

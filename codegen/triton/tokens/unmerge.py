@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from regraft.codegen.rowwise.axes import Unfusable
 from regraft.codegen.triton.emit import (
     POINTER_KINDS,
     Entry,
@@ -18,7 +19,6 @@ from regraft.codegen.triton.emit import (
     header,
     render,
 )
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.tokens.configs import unmerge_configs
 
 _NAME = "token_unmerge"

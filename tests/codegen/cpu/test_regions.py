@@ -17,7 +17,7 @@ from regraft.codegen.cpu.lower import lower
 from regraft.ir.capture import capture
 from regraft.ir.program import Program
 from tests.codegen.cpu.support import needs_native
-from tests.codegen.triton.rowwise.support import agree
+from tests.codegen.rowwise.support import agree
 from tests.strategies import canonical_programs
 from tests.support import AsModule, captured
 

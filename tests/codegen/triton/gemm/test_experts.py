@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from regraft.codegen.rowwise.axes import Unfusable
 from regraft.codegen.triton.gemm.experts import emit_experts
 from regraft.codegen.triton.gemm.experts_spec import ExpertsSpec, experts_spec
 from regraft.codegen.triton.load import load_kernel
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.ir import ops
 from regraft.ir.ops.moe import LAYOUTS
 from regraft.ir.ops.moe import reference as definition
+from tests.codegen.rowwise.support import agree
 from tests.codegen.triton.interpreted import Run
-from tests.codegen.triton.rowwise.support import agree
 from tests.support import captured
 
 FULL, HALF = torch.float32, torch.float16

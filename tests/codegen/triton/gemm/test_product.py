@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, silu
 
+from regraft.codegen.rowwise.axes import Unfusable
 from regraft.codegen.triton.gemm.emit import emit_product
 from regraft.codegen.triton.load import load_kernel
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.emit import RegionKernel
 from regraft.ir import ops
 from regraft.ir.program import Program
+from tests.codegen.rowwise.support import agree
 from tests.codegen.triton.interpreted import Run
-from tests.codegen.triton.rowwise.support import agree, launched
+from tests.codegen.triton.rowwise.support import launched
 from tests.support import captured
 
 FULL, HALF = torch.float32, torch.float16

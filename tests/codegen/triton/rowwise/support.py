@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from regraft.codegen.triton.rowwise.emit import RegionKernel, emit_region
 from regraft.ir.program import Program
+from tests.codegen.rowwise.support import agree
 from tests.codegen.triton.interpreted import Run
 from tests.support import captured
 
 #: Tiles for the interpreter: two rows a program, and for rows in chunks sixteen columns.
 WHOLE, CHUNKED = (2, 4, 1), (2, 16, 4, 1)
-#: Largest relative L2 error against fp64.
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def region_of(function: Callable[..., Any], *operands: Tensor, chunked: bool | None = None) -> RegionKernel:
@@ -58,19 +56,3 @@ def compare(run: Run, function: Callable[..., Any], *operands: Tensor) -> None:
         for result, exact, usual in zip(made, wanted, plain, strict=True):
             assert result.dtype == usual.dtype and result.shape == usual.shape
             agree(result, exact, usual)
-
-
-def agree(result: Tensor, exact: Tensor, usual: Tensor) -> None:
-    """Assert that a result is as near to fp64 as its type allows, or as near as PyTorch's own."""
-    if not result.dtype.is_floating_point:
-        assert torch.equal(result, usual)
-        return
-    finite = torch.isfinite(exact) & torch.isfinite(usual)
-    torch.testing.assert_close(result.double()[~finite], usual.double()[~finite], equal_nan=True)
-    error, own = (distance(x[finite], exact[finite]) for x in (result, usual))
-    assert error <= max(TOLERANCE[result.dtype], 2 * own), (error, own)
-
-
-def distance(result: Tensor, exact: Tensor) -> float:
-    """Relative L2 distance."""
-    return float((result.double() - exact).norm() / exact.norm().clamp(min=1e-30))

@@ -1,4 +1,4 @@
-"""Random programs: what becomes regions is legal, and every kernel computes what the graph does."""
+"""Random programs: every kernel computes what the graph does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from regraft.codegen.rowwise.partition import find_regions
 from regraft.codegen.triton.rowwise.emit import emit_region
 from regraft.codegen.triton.rowwise.lower import lower_regions
-from regraft.codegen.triton.rowwise.partition import find_regions
 from regraft.ir.program import Program
+from tests.codegen.rowwise.support import agree
 from tests.codegen.triton.interpreted import Run
-from tests.codegen.triton.rowwise.support import CHUNKED, WHOLE, agree
+from tests.codegen.triton.rowwise.support import CHUNKED, WHOLE
 from tests.strategies import canonical_programs
 
 TYPES = (torch.float32, torch.float16)
@@ -67,29 +68,6 @@ def in_fp64(nodes: tuple[fx.Node, ...], values: dict[fx.Node, Any]) -> dict[fx.N
             args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
             made[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return made
-
-
-@BUSY
-@given(program=canonical_programs(max_operators=12))
-def test_regions_are_disjoint_and_convex(program: Program) -> None:
-    """No path leaves a region and comes back."""
-    found = find_regions(program)
-    behind = users_of(program)
-    held: set[fx.Node] = set()
-    for region in found.regions:
-        inside = set(region.nodes)
-        assert not inside & held and region.bytes_after < region.bytes_before
-        held |= inside
-        outside = {node for member in inside for node in behind[member]} - inside
-        assert not any(behind[node] & inside for node in outside)
-
-
-def users_of(program: Program) -> dict[fx.Node, set[fx.Node]]:
-    """For every node, all that depend on it."""
-    found: dict[fx.Node, set[fx.Node]] = {}
-    for node in reversed(program.graph.nodes):
-        found[node] = set(node.users).union(*(found[user] for user in node.users))
-    return found
 
 
 @BUSY

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from regraft.codegen.rowwise.axes import Unfusable
 from regraft.codegen.triton.load import load_kernel
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.rowwise.samples import written
 from regraft.codegen.triton.tokens.merge import MergeKernel, MergeSpec, emit_merge_tokens
 from regraft.codegen.triton.tokens.unmerge import UnmergeSpec, emit_unmerge
@@ -20,8 +20,8 @@ from regraft.ir.ops.merge_tokens import reference as merge_definition
 from regraft.ir.ops.plan_merge import reference as plan
 from regraft.ir.ops.rms_norm import reference as rms_norm
 from regraft.ir.ops.unmerge_tokens import reference as unmerge_definition
+from tests.codegen.rowwise.support import agree
 from tests.codegen.triton.interpreted import Run
-from tests.codegen.triton.rowwise.support import agree
 
 FULL, HALF = torch.float32, torch.float16
 TILES = (16, 4, 1)

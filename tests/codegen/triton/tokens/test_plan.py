@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from regraft.codegen.rowwise.axes import Unfusable
 from regraft.codegen.triton.load import load_kernel
-from regraft.codegen.triton.rowwise.axes import Unfusable
 from regraft.codegen.triton.tokens.plan import emit_plan
 from regraft.codegen.triton.tokens.plan_spec import MATCHINGS, PlanSpec
 from regraft.ir.ops.matchings import SCORED

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from regraft.codegen.triton.rowwise.axes import RowAxes, Unfusable
-from regraft.codegen.triton.rowwise.expand import expand
-from regraft.codegen.triton.rowwise.operators import Kind, Step, is_free_view, step_of, works_on_rows
+from regraft.codegen.rowwise.axes import RowAxes, Unfusable
+from regraft.codegen.rowwise.expand import expand
+from regraft.codegen.rowwise.operators import Kind, Step, is_free_view, step_of, works_on_rows
 from regraft.ir.cost import footprint, node_cost
 from regraft.ir.nodes import is_tensor, user_line
 from regraft.ir.ops import OPERATORS

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from regraft.codegen.triton.rowwise.primitives import COMPARISONS, REDUCTIONS, is_copy, operator_word, pointwise
+from regraft.codegen.rowwise.primitives import COMPARISONS, REDUCTIONS, is_copy, operator_word, pointwise
 from regraft.ir import ops
 from regraft.ir.nodes import arguments, is_tensor, rank, shape
 from regraft.ir.pointwise import is_pointwise

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from regraft.codegen.triton.rowwise.axes import Unfusable
-from regraft.codegen.triton.rowwise.operators import Kind, interleave, product, step_of
-from regraft.codegen.triton.rowwise.primitives import operator_word
+from regraft.codegen.rowwise.axes import Unfusable
+from regraft.codegen.rowwise.operators import Kind, interleave, product, step_of
+from regraft.codegen.rowwise.primitives import operator_word
 from regraft.ir import ops
 from regraft.ir.nodes import Builder, arguments, dtype, is_tensor, shape
 

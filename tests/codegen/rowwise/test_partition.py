@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, fx
 
-from regraft.codegen.triton.rowwise.partition import Partition, find_regions
+from regraft.codegen.rowwise.partition import Partition, find_regions
 from regraft.ir import ops
+from regraft.ir.program import Program
+from tests.strategies import canonical_programs
 from tests.support import captured
 
 
@@ -118,3 +121,26 @@ def test_weights_alone_are_not_computed_at_run_time() -> None:
 def test_arithmetic_of_truth_values_is_refused() -> None:
     partition = found(lambda x: (x > 0) * (x < 1) | (x == 0), X)
     assert any("truth values" in item.reason for item in partition.left)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(program=canonical_programs(max_operators=12))
+def test_regions_are_disjoint_and_convex(program: Program) -> None:
+    """No path leaves a region and comes back."""
+    found = find_regions(program)
+    behind = users_of(program)
+    held: set[fx.Node] = set()
+    for region in found.regions:
+        inside = set(region.nodes)
+        assert not inside & held and region.bytes_after < region.bytes_before
+        held |= inside
+        outside = {node for member in inside for node in behind[member]} - inside
+        assert not any(behind[node] & inside for node in outside)
+
+
+def users_of(program: Program) -> dict[fx.Node, set[fx.Node]]:
+    """For every node, all that depend on it."""
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for node in reversed(program.graph.nodes):
+        found[node] = set(node.users).union(*(found[user] for user in node.users))
+    return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from regraft.codegen.triton.rowwise.operators import Kind, Step, step_of
+from regraft.codegen.rowwise.operators import Kind, Step, step_of
 from regraft.ir.nodes import concrete, shape, size_equal
 
 #: Labels beside the numbers of axes: the columns, and a dim of size one.
