@@ -8,7 +8,6 @@ shared experts stay outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from regraft.ir.nodes import Builder, arguments, is_call, is_tensor, rank, shape, size_equal, sizes_equal
+from regraft.ir.nodes import arguments, is_call, is_tensor, rank, shape, size_equal, sizes_equal
 from regraft.ir.pattern import anything, either, operator
 from regraft.ir.program import Program
-from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
+from regraft.ir.rule import Match
 from regraft.passes.recognize import moe_examples as shown
 from regraft.passes.recognize import moe_pieces_examples as pieces_shown
 from regraft.passes.recognize.moe_experts import Experts, Gate, Projection, Refused, float_source, read_gate
@@ -35,17 +34,17 @@ from regraft.passes.recognize.moe_rows import (
     read_weights,
     undone_by,
 )
-from regraft.passes.recognize.moe_weights import emit, join_experts, read_expert
+from regraft.passes.recognize.moe_rule import RecognizeExperts
+from regraft.passes.recognize.moe_weights import join_experts, read_expert
 
 aten = torch.ops.aten
 total = operator(aten.sum.dim_IntList)
 index_add = operator(aten.index_add.default)
 
 
-class RecognizeMoe(Rule):
+class RecognizeMoe(RecognizeExperts):
     """``sum over k of weight * expert(token)`` computed on one row a token-expert pair."""
 
-    recognizes = "moe"
     examples = (*shown.PAIRS, *pieces_shown.PIECES)
     near_misses = (*shown.PAIRS_NEAR_MISSES, *pieces_shown.PIECES_NEAR_MISSES)
 
@@ -55,23 +54,9 @@ class RecognizeMoe(Rule):
             index_add(anything("base"), anything("dim"), anything("tokens"), pairs),
         )
 
-    def check(self, match: Match) -> Iterator[Requirement]:
-        found = analyse(match)
-        if isinstance(found, Refused):
-            yield need(False, found.reason, found.node)
-
-    def replace(self, match: Match, build: Builder) -> Replacement:
-        found = analyse(match)
-        return None if found is None or isinstance(found, Refused) else emit(build, match.root, found, match.program)
-
-
-def analyse(match: Match) -> Experts | Refused | None:
-    """The experts that end in the match; what refuses them; None where no experts end."""
-    try:
+    def read(self, match: Match) -> Experts | None:
         walk = _walk(match)
         return None if walk is None else _experts(match.root, walk, match.program)
-    except Refused as refused:
-        return refused
 
 
 @dataclass

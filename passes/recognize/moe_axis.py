@@ -8,18 +8,17 @@ or a sum of products make no difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, rank, shape, size_equal
+from regraft.ir.nodes import arguments, dtype, is_call, is_tensor, rank, shape, size_equal
 from regraft.ir.ops.activation import activate
 from regraft.ir.pattern import either, matmul, mul, operator
 from regraft.ir.program import Program
-from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
+from regraft.ir.rule import Match
 from regraft.passes.recognize import moe_axis_examples as shown
 from regraft.passes.recognize.labels import (
     Label,
@@ -35,17 +34,17 @@ from regraft.passes.recognize.labels import (
 )
 from regraft.passes.recognize.moe_experts import Experts, Gate, Projection, Refused, float_source, read_gate
 from regraft.passes.recognize.moe_rows import counts_rows, picked
+from regraft.passes.recognize.moe_rule import RecognizeExperts
 from regraft.passes.recognize.moe_table import named_index, top_k_of, weighted_index
-from regraft.passes.recognize.moe_weights import emit, join_experts, read_expert
+from regraft.passes.recognize.moe_weights import join_experts, read_expert
 
 aten = torch.ops.aten
 total = operator(aten.sum.dim_IntList)
 
 
-class RecognizeMoeAxis(Rule):
+class RecognizeMoeAxis(RecognizeExperts):
     """A sum over the dim that experts, or a token's experts, lie along."""
 
-    recognizes = "moe"
     examples = shown.AXIS
     near_misses = shown.AXIS_NEAR_MISSES
 
@@ -53,35 +52,27 @@ class RecognizeMoeAxis(Rule):
         sums = (total(left, [dim]) for dim in (-1, -2, -3, -4))
         return either(*sums, matmul(left, right), mul(left, right))
 
-    def check(self, match: Match) -> Iterator[Requirement]:
-        found = analyse(match.root, match.program)
-        if isinstance(found, Refused):
-            yield need(False, found.reason, found.node)
-
-    def replace(self, match: Match, build: Builder) -> Replacement:
-        found = analyse(match.root, match.program)
-        return None if found is None or isinstance(found, Refused) else emit(build, match.root, found, match.program)
-
-
-def analyse(root: fx.Node, program: Program) -> Experts | Refused | None:
-    """The experts that end in ``root``; what refuses them; None where no experts end."""
-    ending = _read_ending(labelled(root))
-    if ending is None:
-        return _of_one(labelled(root))
-    everywhere, ids = _experts_axis(ending)
-    parts, down = _stacked(everywhere), _read_projection(everywhere.outputs, ending.feature)
-    if parts is None and (down is None or not down.by_experts(everywhere.axis)):
-        return _of_one(labelled(root))
-    try:
-        if parts is not None:
-            return _of_parts(ending, everywhere, parts, ids, program)
-        assert down is not None
-        return _of_products(ending, down, ids)
-    except _FoundExperts as refused:
-        return refused
-    except Refused as refused:
-        routed = ids is not None or (down is not None and down.ids is not None)
-        return refused if routed or _table(ending.weights) is not None else None
+    def read(self, match: Match) -> Experts | None:
+        root = labelled(match.root)
+        ending = _read_ending(root)
+        if ending is None:
+            return _of_one(root)
+        everywhere, ids = _experts_axis(ending)
+        parts, down = _stacked(everywhere), _read_projection(everywhere.outputs, ending.feature)
+        if parts is None and (down is None or not down.by_experts(everywhere.axis)):
+            return _of_one(root)
+        try:
+            if parts is not None:
+                return _of_parts(ending, everywhere, parts, ids, match.program)
+            assert down is not None
+            return _of_products(ending, down, ids)
+        except _FoundExperts:
+            raise
+        except Refused:
+            routed = ids is not None or (down is not None and down.ids is not None)
+            if routed or _table(ending.weights) is not None:
+                raise
+            return None
 
 
 def _of_one(root: Labelled) -> Experts | None:

@@ -8,33 +8,32 @@ slices of a stacked one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from regraft.ir.nodes import Builder, arguments, dtype, is_call, is_tensor, shape, sizes_equal
+from regraft.ir.nodes import arguments, dtype, is_call, is_tensor, shape, sizes_equal
 from regraft.ir.pattern import add, anything, either, operator
 from regraft.ir.program import Program
-from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
+from regraft.ir.rule import Match
 from regraft.passes.recognize import moe_loop_examples as shown
 from regraft.passes.recognize.moe_experts import Experts, Refused
 from regraft.passes.recognize.moe_rows import BLANK, ZEROS
+from regraft.passes.recognize.moe_rule import RecognizeExperts
 from regraft.passes.recognize.moe_table import WHERE, top_k_of
 from regraft.passes.recognize.moe_turns import Choice, read_choice
-from regraft.passes.recognize.moe_weights import OneExpert, emit, join_experts, read_expert
+from regraft.passes.recognize.moe_weights import OneExpert, join_experts, read_expert
 
 aten = torch.ops.aten
 index_add = operator(aten.index_add.default)
 index_put = operator(aten.index_put.default)
 
 
-class RecognizeMoeLoop(Rule):
+class RecognizeMoeLoop(RecognizeExperts):
     """A sum over experts, one term an expert, weighted by what the router gives it."""
 
-    recognizes = "moe"
     examples = shown.LOOPS
     near_misses = shown.LOOPS_NEAR_MISSES
 
@@ -45,16 +44,19 @@ class RecognizeMoeLoop(Rule):
             add(left, right),
         )
 
-    def check(self, match: Match) -> Iterator[Requirement]:
-        found = analyse(match)
-        if isinstance(found, Refused):
-            yield need(False, found.reason, found.node)
-
-    def replace(self, match: Match, build: Builder) -> Replacement:
-        found = analyse(match)
-        if found is None or isinstance(found, Refused):
+    def read(self, match: Match) -> Experts | None:
+        if any(_continues(user, match.root) for user in match.root.users):
+            return None  # an inner turn: the last one tells of all
+        terms, base, assigned = _terms(match.root)
+        if len(terms) < 2 or read_choice(*terms[0]) is None:
             return None
-        return emit(build, match.root, found, match.program)
+        experts = sorted((_expert(*term) for term in terms), key=lambda expert: expert.choice.number)
+        _check(experts, match.root)
+        _check_read(match.root)
+        if assigned:
+            _check_assigned(experts, base, match.root)
+        blank = is_call(base, (*ZEROS, *BLANK) if assigned else ZEROS)
+        return _joined(experts, match.program, None if blank else base)
 
 
 @dataclass(frozen=True)
@@ -64,25 +66,6 @@ class Expert:
     choice: Choice
     hidden: fx.Node
     computed: OneExpert
-
-
-def analyse(match: Match) -> Experts | Refused | None:
-    """The terms that end in the match; what refuses them; None where no loop over experts ends."""
-    if any(_continues(user, match.root) for user in match.root.users):
-        return None  # an inner turn: the last one tells of all
-    terms, base, assigned = _terms(match.root)
-    if len(terms) < 2 or read_choice(*terms[0]) is None:
-        return None
-    try:
-        experts = sorted((_expert(*term) for term in terms), key=lambda expert: expert.choice.number)
-        _check(experts, match.root)
-        _check_read(match.root)
-        if assigned:
-            _check_assigned(experts, base, match.root)
-        blank = is_call(base, (*ZEROS, *BLANK) if assigned else ZEROS)
-        return _joined(experts, match.program, None if blank else base)
-    except Refused as refused:
-        return refused
 
 
 def _continues(user: fx.Node, node: fx.Node) -> bool:
