@@ -11,13 +11,12 @@ from torch import fx
 
 from regraft.codegen.cpu.native.fused import Instruction
 from regraft.codegen.rowwise.axes import Unfusable
-from regraft.codegen.rowwise.primitives import is_copy, operator_word
+from regraft.codegen.rowwise.primitives import REDUCTIONS, is_copy, operator_word
 from regraft.ir import ops
 from regraft.ir.nodes import dtype, is_tensor, shape
 
 aten = torch.ops.aten
 
-REDUCTIONS = ("sum", "mean", "amax", "amin")
 _UNARY = frozenset(
     ("neg", "abs", "reciprocal", "sqrt", "rsqrt", "floor", "ceil", "exp", "log", "sin", "cos", "erf", "tanh", "sigmoid",
      "relu", "silu", "expm1", "log1p")

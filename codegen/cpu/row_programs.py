@@ -23,11 +23,11 @@ from regraft.codegen.cpu.native.fused import (
     RowProgram,
     code_of,
 )
-from regraft.codegen.cpu.row_instructions import MOVES, REDUCTIONS, WRITERS, Emitter
+from regraft.codegen.cpu.row_instructions import MOVES, WRITERS, Emitter
 from regraft.codegen.rowwise.axes import COLUMN, Labels, RowAxes, Unfusable, memory_order
 from regraft.codegen.rowwise.expand import Expansion
 from regraft.codegen.rowwise.operators import interleave
-from regraft.codegen.rowwise.primitives import is_copy, operator_word
+from regraft.codegen.rowwise.primitives import REDUCTIONS, is_copy, operator_word
 from regraft.ir.nodes import arguments, dtype, shape
 
 _LONGEST_ROW = 16384  # of a program that needs whole rows: its registers stay in the second cache
