@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,36 +32,7 @@ def reference(
     return rms_norm_reference(total, weight, eps, offset, cast), total
 
 
-@torch.library.custom_op(
-    "regraft::add_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str kind='rms_norm', "
-    "float offset=0.0, str cast='before_weight') -> (Tensor, Tensor)",
-)
-def _add_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str = "rms_norm",
-    offset: float = 0.0,
-    cast: str = "before_weight",
-) -> tuple[Tensor, Tensor]:
-    return reference(x, residual, weight, bias, eps, kind, offset, cast)
-
-
-@_add_norm.register_fake
-def _fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str = "rms_norm",
-    offset: float = 0.0,
-    cast: str = "before_weight",
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, residual: Tensor, weight: Tensor | None, kind: str, cast: str, **_: Any) -> tuple[Tensor, Tensor]:
     total = torch.empty_like(x + residual, memory_format=torch.contiguous_format)
     dtype = total.dtype
     if kind == "rms_norm" and weight is not None and cast == "before_weight":
@@ -67,4 +40,11 @@ def _fake(
     return torch.empty(total.shape, dtype=dtype, device=x.device), total
 
 
-add_norm = register("add_norm", _add_norm, reference, elementwise(6))
+add_norm = register(
+    "add_norm",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str kind='rms_norm', "
+    "float offset=0.0, str cast='before_weight') -> (Tensor, Tensor)",
+    reference,
+    _fake,
+    elementwise(6),
+)

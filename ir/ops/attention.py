@@ -10,14 +10,14 @@ infinity), a number is what the source wrote there, which matters for rows with 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from regraft.ir.mask import parse, to_dense
-from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.attention_scores import scores_of, softmax_of, spread_heads
-from regraft.ir.ops.registry import Cost, register, traffic
+from regraft.ir.ops.attention_scores import SCORE_OPERANDS, scores_of, softmax_of, spread_heads, two_products
+from regraft.ir.ops.registry import register
 
 
 def reference(
@@ -93,56 +93,15 @@ def _attend(
     return (weights @ values).to(query.dtype)
 
 
-@torch.library.custom_op(
-    "regraft::attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None, "
-    "Tensor? sinks=None, *, float scale, str mask='all', float? mask_fill=None, str empty_rows='nan', "
-    "float softcap=0.0) -> Tensor",
-)
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
-    mask: str = "all",
-    mask_fill: float | None = None,
-    empty_rows: str = "nan",
-    softcap: float = 0.0,
-) -> Tensor:
-    return reference(query, key, value, mask_tensors, bias, slopes, sinks, scale, mask, mask_fill, empty_rows, softcap)
-
-
-@_attention.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
-    mask: str = "all",
-    mask_fill: float | None = None,
-    empty_rows: str = "nan",
-    softcap: float = 0.0,
-) -> Tensor:
+def _fake(query: Tensor, value: Tensor, **_: Any) -> Tensor:
     return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
 
 
-def cost(node: fx.Node) -> Cost:
-    """Two matrix products; a causal mask is counted as dense, because what is skipped depends on the kernel."""
-    given = arguments(node)
-    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
-    keys, value_dim = (concrete(size) for size in given["value"].meta["val"].shape[-2:])
-    return Cost(2.0 * batch * heads * length * keys * (head_dim + value_dim), traffic(node))
-
-
-attention = register("attention", _attention, reference, cost)
+attention = register(
+    "attention",
+    f"(Tensor query, Tensor key, Tensor value, {SCORE_OPERANDS}, Tensor? sinks=None, *, "
+    "float scale, str mask='all', float? mask_fill=None, str empty_rows='nan', float softcap=0.0) -> Tensor",
+    reference,
+    _fake,
+    two_products,
+)

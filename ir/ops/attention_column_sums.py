@@ -6,10 +6,12 @@ key-value cache eviction rank by (Kim et al., "Learned Token Pruning", KDD 2022;
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from regraft.ir.ops.attention_scores import one_product, row_blocks, softmax_of
+from regraft.ir.ops.attention_scores import SCORE_OPERANDS, one_product, row_blocks, softmax_of
 from regraft.ir.ops.registry import register
 
 
@@ -28,54 +30,22 @@ def reference(
 ) -> Tensor:
     """The definition. Operands are those of ``regraft::attention``; the result is ``[batch, heads, keys]`` in fp32 or
     wider, for every head of the queries. A few rows at a time, of each all keys: their softmax needs no other pass."""
-    out: Tensor = _fake(query, key, mask_tensors, scale=scale).zero_()
-    options = {"scale": scale, "mask": mask, "softcap": softcap}
-    for block in row_blocks(query, key, mask_tensors, bias, slopes, **options):  # type: ignore[arg-type]
+    out: Tensor = _fake(query, key).zero_()
+    for block in row_blocks(query, key, mask_tensors, bias, slopes, scale=scale, mask=mask, softcap=softcap):
         out += softmax_of(block.masked(mask_fill), sinks, empty_rows).sum(-2)
     return out
 
 
-@torch.library.custom_op(
-    "regraft::attention_column_sums",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None, "
-    "Tensor? sinks=None, *, float scale, str mask='all', float? mask_fill=None, str empty_rows='nan', "
-    "float softcap=0.0) -> Tensor",
-)
-def _attention_column_sums(
-    query: Tensor,
-    key: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
-    mask: str = "all",
-    mask_fill: float | None = None,
-    empty_rows: str = "nan",
-    softcap: float = 0.0,
-) -> Tensor:
-    return reference(query, key, mask_tensors, bias, slopes, sinks, scale, mask, mask_fill, empty_rows, softcap)
-
-
-@_attention_column_sums.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float,
-    mask: str = "all",
-    mask_fill: float | None = None,
-    empty_rows: str = "nan",
-    softcap: float = 0.0,
-) -> Tensor:
+def _fake(query: Tensor, key: Tensor, **_: Any) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty((query.shape[0], query.shape[1], key.shape[2]), dtype=wide)
 
 
-attention_column_sums = register("attention_column_sums", _attention_column_sums, reference, one_product)
+attention_column_sums = register(
+    "attention_column_sums",
+    f"(Tensor query, Tensor key, {SCORE_OPERANDS}, Tensor? sinks=None, *, "
+    "float scale, str mask='all', float? mask_fill=None, str empty_rows='nan', float softcap=0.0) -> Tensor",
+    reference,
+    _fake,
+    one_product,
+)

@@ -8,14 +8,14 @@ arXiv:2409.04431), attention without a sink (Gu et al., arXiv:2410.10781) and li
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.attention_scores import row_blocks, spread_heads
-from regraft.ir.ops.registry import Cost, register, traffic
+from regraft.ir.ops.attention_scores import SCORE_OPERANDS, row_blocks, spread_heads, two_products
+from regraft.ir.ops.registry import register
 
 #: phi: a score's weight.
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,8 +51,8 @@ def reference(
         raise ValueError(f"weight {weight!r} with normaliser {normaliser!r} was given; known: {known}")
     values = spread_heads(query, value)
     out = query.new_empty((*query.shape[:3], value.shape[3]))
-    options = {"scale": scale, "mask": mask, "softcap": softcap}
-    for rows, scores, seen in row_blocks(query, key, mask_tensors, bias, slopes, **options):  # type: ignore[arg-type]
+    blocks = row_blocks(query, key, mask_tensors, bias, slopes, scale=scale, mask=mask, softcap=softcap)
+    for rows, scores, seen in blocks:
         weights = WEIGHTS[weight](scores)
         if seen is not None:
             weights = weights.masked_fill(~seen, 0.0)
@@ -71,56 +71,15 @@ def _normalised(out: Tensor, weights: Tensor, normaliser: str, constant: float) 
     return out / (total + constant if normaliser == "sum_eps" else total)
 
 
-@torch.library.custom_op(
-    "regraft::attention_mapped",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None, *, "
-    "float scale, str weight, str mask='all', float softcap=0.0, str normaliser='none', float constant=0.0) -> Tensor",
-)
-def _attention_mapped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    *,
-    scale: float,
-    weight: str,
-    mask: str = "all",
-    softcap: float = 0.0,
-    normaliser: str = "none",
-    constant: float = 0.0,
-) -> Tensor:
-    options = scale, mask, softcap, weight, normaliser, constant
-    return reference(query, key, value, mask_tensors, bias, slopes, *options)
-
-
-@_attention_mapped.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    *,
-    scale: float,
-    weight: str,
-    mask: str = "all",
-    softcap: float = 0.0,
-    normaliser: str = "none",
-    constant: float = 0.0,
-) -> Tensor:
+def _fake(query: Tensor, value: Tensor, **_: Any) -> Tensor:
     return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
 
 
-def cost(node: fx.Node) -> Cost:
-    """Two matrix products; what a mask lets skip depends on the kernel."""
-    given = arguments(node)
-    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
-    keys, value_dim = (concrete(size) for size in given["value"].meta["val"].shape[-2:])
-    return Cost(2.0 * batch * heads * length * keys * (head_dim + value_dim), traffic(node))
-
-
-attention_mapped = register("attention_mapped", _attention_mapped, reference, cost)
+attention_mapped = register(
+    "attention_mapped",
+    f"(Tensor query, Tensor key, Tensor value, {SCORE_OPERANDS}, *, float scale, str weight, str mask='all', "
+    "float softcap=0.0, str normaliser='none', float constant=0.0) -> Tensor",
+    reference,
+    _fake,
+    two_products,
+)

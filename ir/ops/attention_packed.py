@@ -8,6 +8,7 @@ padded batch, and tokens that are packed though they are padding stay hidden as 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,47 +59,7 @@ def reference(
     return out
 
 
-@torch.library.custom_op(
-    "regraft::attention_packed",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor index, Tensor offsets, Tensor present, *, int length, "
-    "float scale, str mask='all', float? mask_fill=None, str empty_rows='nan', float softcap=0.0) -> Tensor",
-)
-def _attention_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    present: Tensor,
-    *,
-    length: int,
-    scale: float,
-    mask: str = "all",
-    mask_fill: float | None = None,
-    empty_rows: str = "nan",
-    softcap: float = 0.0,
-) -> Tensor:
-    options = length, scale, mask, mask_fill, empty_rows, softcap
-    return reference(query, key, value, index, offsets, present, *options)
-
-
-@_attention_packed.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    offsets: Tensor,
-    present: Tensor,
-    *,
-    length: int,
-    scale: float,
-    mask: str = "all",
-    mask_fill: float | None = None,
-    empty_rows: str = "nan",
-    softcap: float = 0.0,
-) -> Tensor:
+def _fake(query: Tensor, value: Tensor, **_: Any) -> Tensor:
     sizes = 1, query.shape[2], query.shape[1], value.shape[3]
     return torch.empty(sizes, dtype=query.dtype, device=query.device).transpose(1, 2)
 
@@ -112,4 +73,11 @@ def cost(node: fx.Node) -> Cost:
     return Cost(2.0 * heads * tokens * tokens / samples * (head_dim + width), traffic(node))
 
 
-attention_packed = register("attention_packed", _attention_packed, reference, cost)
+attention_packed = register(
+    "attention_packed",
+    "(Tensor query, Tensor key, Tensor value, Tensor index, Tensor offsets, Tensor present, *, int length, "
+    "float scale, str mask='all', float? mask_fill=None, str empty_rows='nan', float softcap=0.0) -> Tensor",
+    reference,
+    _fake,
+    cost,
+)

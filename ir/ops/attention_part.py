@@ -9,12 +9,13 @@ over keys is that of FlashDecoding).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from regraft.ir.nodes import arguments, concrete
-from regraft.ir.ops.attention_scores import row_blocks, spread_heads, with_sinks
+from regraft.ir.nodes import arguments
+from regraft.ir.ops.attention_scores import SCORE_OPERANDS, row_blocks, spread_heads, two_products, with_sinks
 from regraft.ir.ops.registry import Cost, elements, register, traffic
 
 
@@ -40,10 +41,10 @@ def reference(
     over all ``keys``. A row without a key here is 0, its log-sum-exp minus infinity. A few rows at a time.
     """
     part = key.shape[2]
-    out: Tensor = _fake(query, key, value, mask_tensors, first=first, keys=keys, scale=scale)
+    out: Tensor = _fake(query, value)
     values = spread_heads(query, value)
-    options = {"scale": scale, "mask": mask, "softcap": softcap, "first": first, "keys": keys}
-    for block in row_blocks(query, key, mask_tensors, bias, slopes, **options):  # type: ignore[arg-type]
+    operands = query, key, mask_tensors, bias, slopes
+    for block in row_blocks(*operands, scale=scale, mask=mask, softcap=softcap, first=first, keys=keys):
         scores = with_sinks(block.masked(mask_fill), sinks)
         lse = scores.logsumexp(-1, keepdim=True)
         empty = lse == -math.inf
@@ -53,66 +54,20 @@ def reference(
     return out
 
 
-@torch.library.custom_op(
-    "regraft::attention_part",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None, "
-    "Tensor? sinks=None, *, int first, int keys, float scale, str mask='all', float? mask_fill=None, "
-    "float softcap=0.0) -> Tensor",
-)
-def _attention_part(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    first: int,
-    keys: int,
-    scale: float,
-    mask: str = "all",
-    mask_fill: float | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    return reference(
-        query, key, value, mask_tensors, bias, slopes, sinks,
-        first=first, keys=keys, scale=scale, mask=mask, mask_fill=mask_fill, softcap=softcap,
-    )  # fmt: skip
-
-
-@_attention_part.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    first: int,
-    keys: int,
-    scale: float,
-    mask: str = "all",
-    mask_fill: float | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
+def _fake(query: Tensor, value: Tensor, **_: Any) -> Tensor:
     return query.new_empty(
         (*query.shape[:3], value.shape[3] + 1), dtype=torch.promote_types(query.dtype, torch.float32)
     )
 
 
-def cost(node: fx.Node) -> Cost:
-    """Two matrix products over the keys of the part."""
-    given = arguments(node)
-    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
-    part, value_dim = (concrete(size) for size in given["value"].meta["val"].shape[-2:])
-    return Cost(2.0 * batch * heads * length * part * (head_dim + value_dim), traffic(node))
-
-
-attention_part = register("attention_part", _attention_part, reference, cost)
+attention_part = register(
+    "attention_part",
+    f"(Tensor query, Tensor key, Tensor value, {SCORE_OPERANDS}, Tensor? sinks=None, *, int first, int keys, "
+    "float scale, str mask='all', float? mask_fill=None, float softcap=0.0) -> Tensor",
+    reference,
+    _fake,
+    two_products,
+)
 
 
 def merge_reference(parts: Tensor, dtype: torch.dtype, empty_rows: str = "nan") -> Tensor:
@@ -126,17 +81,7 @@ def merge_reference(parts: Tensor, dtype: torch.dtype, empty_rows: str = "nan") 
     return (merged.masked_fill(total == 0, 0.0) if empty_rows == "zero" else merged).to(dtype)
 
 
-@torch.library.custom_op(
-    "regraft::attention_merge",
-    mutates_args=(),
-    schema="(Tensor parts, *, ScalarType dtype, str empty_rows='nan') -> Tensor",
-)
-def _attention_merge(parts: Tensor, *, dtype: torch.dtype, empty_rows: str = "nan") -> Tensor:
-    return merge_reference(parts, dtype, empty_rows)
-
-
-@_attention_merge.register_fake
-def _merge_fake(parts: Tensor, *, dtype: torch.dtype, empty_rows: str = "nan") -> Tensor:
+def _merge_fake(parts: Tensor, dtype: torch.dtype, **_: Any) -> Tensor:
     return parts.new_empty((*parts.shape[1:-1], parts.shape[-1] - 1), dtype=dtype)
 
 
@@ -145,4 +90,10 @@ def merge_cost(node: fx.Node) -> Cost:
     return Cost(2.0 * elements(arguments(node)["parts"].meta["val"]), traffic(node))
 
 
-attention_merge = register("attention_merge", _attention_merge, merge_reference, merge_cost)
+attention_merge = register(
+    "attention_merge",
+    "(Tensor parts, *, ScalarType dtype, str empty_rows='nan') -> Tensor",
+    merge_reference,
+    _merge_fake,
+    merge_cost,
+)

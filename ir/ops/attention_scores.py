@@ -13,6 +13,8 @@ from regraft.ir.mask import parse, to_broadcast
 from regraft.ir.nodes import arguments, concrete
 from regraft.ir.ops.registry import Cost, traffic
 
+#: What makes scores beside queries and keys, in the schema of every operator that reads them (``scores_of``).
+SCORE_OPERANDS = "Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None"
 _SCORES_AT_ONCE = 1 << 21
 
 
@@ -141,3 +143,12 @@ def one_product(node: fx.Node) -> Cost:
     batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
     keys = concrete(given["key"].meta["val"].shape[2])
     return Cost(2.0 * batch * heads * length * keys * head_dim, traffic(node))
+
+
+def two_products(node: fx.Node) -> Cost:
+    """What attention costs: a product of queries and keys, and one of weights and values. A mask is counted as dense:
+    what is skipped depends on the kernel."""
+    given = arguments(node)
+    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
+    keys, value_dim = (concrete(size) for size in given["value"].meta["val"].shape[-2:])
+    return Cost(2.0 * batch * heads * length * keys * (head_dim + value_dim), traffic(node))

@@ -7,11 +7,12 @@ they may choose together, by their highest score, so that one selection serves t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regraft.ir.ops.attention_scores import one_product, row_blocks
+from regraft.ir.ops.attention_scores import SCORE_OPERANDS, one_product, row_blocks
 from regraft.ir.ops.registry import register
 
 
@@ -35,9 +36,8 @@ def reference(
     keys = key.shape[2]
     if not 0 < count <= keys:
         raise ValueError(f"{count} keys were to be selected of {keys}; give a number from 1 to {keys}")
-    values, index = _fake(query, key, mask_tensors, scale=scale, count=count, shared=shared)
-    options = {"scale": scale, "mask": mask, "softcap": softcap}
-    for block in row_blocks(query, key, mask_tensors, bias, slopes, **options):  # type: ignore[arg-type]
+    values, index = _fake(query, key, count, shared)
+    for block in row_blocks(query, key, mask_tensors, bias, slopes, scale=scale, mask=mask, softcap=softcap):
         scores = block.masked(None)
         if shared:
             scores = scores.unflatten(1, (key.shape[1], -1)).amax(2)
@@ -47,45 +47,17 @@ def reference(
     return values, index
 
 
-@torch.library.custom_op(
-    "regraft::attention_topk",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor[] mask_tensors, Tensor? bias=None, Tensor? slopes=None, *, float scale, "
-    "str mask='all', float softcap=0.0, int count, bool shared=False) -> (Tensor, Tensor)",
-)
-def _attention_topk(
-    query: Tensor,
-    key: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    *,
-    scale: float,
-    mask: str = "all",
-    softcap: float = 0.0,
-    count: int,
-    shared: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return reference(query, key, mask_tensors, bias, slopes, scale, mask, softcap, count, shared)
-
-
-@_attention_topk.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    mask_tensors: list[Tensor],
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    *,
-    scale: float,
-    mask: str = "all",
-    softcap: float = 0.0,
-    count: int,
-    shared: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, count: int, shared: bool, **_: Any) -> tuple[Tensor, Tensor]:
     sizes = query.shape[0], key.shape[1] if shared else query.shape[1], query.shape[2], count
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(sizes, dtype=wide), query.new_empty(sizes, dtype=torch.int64)
 
 
-attention_topk = register("attention_topk", _attention_topk, reference, one_product)
+attention_topk = register(
+    "attention_topk",
+    f"(Tensor query, Tensor key, {SCORE_OPERANDS}, *, "
+    "float scale, str mask='all', float softcap=0.0, int count, bool shared=False) -> (Tensor, Tensor)",
+    reference,
+    _fake,
+    one_product,
+)

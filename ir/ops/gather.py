@@ -21,17 +21,7 @@ def reference(part: Tensor, *, ranks: int, rank: int = 0, group: str = ALONE) ->
     return gather_parts(part, group_of(group, ranks, rank))
 
 
-@torch.library.custom_op(
-    "regraft::gather",
-    mutates_args=(),
-    schema="(Tensor part, *, int ranks, int rank=0, str group='') -> Tensor",
-)
-def _gather(part: Tensor, *, ranks: int, rank: int = 0, group: str = ALONE) -> Tensor:
-    return reference(part, ranks=ranks, rank=rank, group=group)
-
-
-@_gather.register_fake
-def _fake(part: Tensor, *, ranks: int, rank: int = 0, group: str = ALONE) -> Tensor:
+def _fake(part: Tensor, ranks: int, **_: Any) -> Tensor:
     return part.new_empty((ranks, *part.shape))
 
 
@@ -40,7 +30,7 @@ def cost(node: fx.Node) -> Cost:
     return Cost(0.0, tensor_bytes(arguments(node)["part"].meta["val"]) + tensor_bytes(node.meta["val"]))
 
 
-gather = register("gather", _gather, reference, cost)
+gather = register("gather", "(Tensor part, *, int ranks, int rank=0, str group='') -> Tensor", reference, _fake, cost)
 
 
 def collective_calls(graph: fx.Graph) -> list[dict[str, Any]]:

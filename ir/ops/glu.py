@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,9 @@ def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return activate(gate, activation) * up
 
 
-@torch.library.custom_op("regraft::glu", mutates_args=(), schema="(Tensor gate, Tensor up, str activation) -> Tensor")
-def _glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return reference(gate, up, activation)
-
-
-@_glu.register_fake
-def _fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _fake(gate: Tensor, up: Tensor, **_: Any) -> Tensor:
     shape = torch.broadcast_shapes(gate.shape, up.shape)
     return torch.empty(shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
 
 
-glu = register("glu", _glu, reference, elementwise(6))
+glu = register("glu", "(Tensor gate, Tensor up, str activation) -> Tensor", reference, _fake, elementwise(6))

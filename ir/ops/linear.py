@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -26,32 +28,7 @@ def reference(
     return out if residual is None else out + residual
 
 
-@torch.library.custom_op(
-    "regraft::linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias=None, Tensor? multiplier=None, Tensor? residual=None, "
-    "str activation='none') -> Tensor",
-)
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
-    return reference(x, weight, bias, multiplier, residual, activation)
-
-
-@_linear.register_fake
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, **_: Any) -> Tensor:
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
@@ -61,4 +38,11 @@ def cost(node: fx.Node) -> Cost:
     return Cost(2.0 * elements(node.meta["val"]) * elements(weight) / weight.shape[0], traffic(node))
 
 
-linear = register("linear", _linear, reference, cost)
+linear = register(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? multiplier=None, Tensor? residual=None, "
+    "str activation='none') -> Tensor",
+    reference,
+    _fake,
+    cost,
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -23,15 +25,7 @@ def reference(decay: Tensor, added: Tensor, start: Tensor) -> Tensor:
     return torch.stack(states, dim=1).to(start.dtype)
 
 
-@torch.library.custom_op(
-    "regraft::linear_scan", mutates_args=(), schema="(Tensor decay, Tensor added, Tensor start) -> Tensor"
-)
-def _linear_scan(decay: Tensor, added: Tensor, start: Tensor) -> Tensor:
-    return reference(decay, added, start)
-
-
-@_linear_scan.register_fake
-def _fake(decay: Tensor, added: Tensor, start: Tensor) -> Tensor:
+def _fake(added: Tensor, start: Tensor, **_: Any) -> Tensor:
     return start.new_empty((start.shape[0], added.shape[1] + 1, start.shape[1]))
 
 
@@ -40,4 +34,4 @@ def cost(node: fx.Node) -> Cost:
     return Cost(2.0 * elements(node.meta["val"]), traffic(node))
 
 
-linear_scan = register("linear_scan", _linear_scan, reference, cost)
+linear_scan = register("linear_scan", "(Tensor decay, Tensor added, Tensor start) -> Tensor", reference, _fake, cost)

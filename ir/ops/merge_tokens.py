@@ -7,6 +7,8 @@ Your ViT But Faster", ICLR 2023). Written as ``x_j + sum of (s_i / s'_j) (x_i - 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,21 +37,15 @@ def reference(x: Tensor, sizes: Tensor | None, kept: Tensor, sources: Tensor, sl
     return merged.reshape(staying.shape).to(x.dtype), total
 
 
-@torch.library.custom_op(
-    "regraft::merge_tokens",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? sizes, Tensor kept, Tensor sources, Tensor slots) -> (Tensor, Tensor)",
-)
-def _merge_tokens(
-    x: Tensor, sizes: Tensor | None, kept: Tensor, sources: Tensor, slots: Tensor
-) -> tuple[Tensor, Tensor]:
-    return reference(x, sizes, kept, sources, slots)
-
-
-@_merge_tokens.register_fake
-def _fake(x: Tensor, sizes: Tensor | None, kept: Tensor, sources: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, kept: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     merged = torch.empty((*kept.shape, x.shape[2]), dtype=x.dtype, device=x.device)
     return merged, torch.empty(kept.shape, dtype=torch.float32, device=x.device)
 
 
-merge_tokens = register("merge_tokens", _merge_tokens, reference, elementwise(2))
+merge_tokens = register(
+    "merge_tokens",
+    "(Tensor x, Tensor? sizes, Tensor kept, Tensor sources, Tensor slots) -> (Tensor, Tensor)",
+    reference,
+    _fake,
+    elementwise(2),
+)

@@ -24,6 +24,7 @@ the experts computes its part of the sum from an index shifted by its first expe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -118,69 +119,15 @@ def _row(bias: Tensor | None, expert: int) -> Tensor | None:
     return None if bias is None else bias[expert]
 
 
-@torch.library.custom_op(
-    "regraft::moe",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor index, Tensor weight, Tensor first, Tensor down, Tensor? up=None, "
-    "Tensor? first_bias=None, Tensor? down_bias=None, Tensor? up_bias=None, *, str activation='silu', "
-    "str layout='gate_up', bool transposed=False, float alpha=1.0, float? limit=None, "
-    "float up_offset=0.0) -> Tensor",
-)
-def _moe(
-    hidden: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    first: Tensor,
-    down: Tensor,
-    up: Tensor | None = None,
-    first_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    *,
-    activation: str = "silu",
-    layout: str = "gate_up",
-    transposed: bool = False,
-    alpha: float = 1.0,
-    limit: float | None = None,
-    up_offset: float = 0.0,
-) -> Tensor:
-    return reference(
-        hidden,
-        index,
-        weight,
-        first,
-        down,
-        up,
-        first_bias,
-        down_bias,
-        up_bias,
-        activation=activation,
-        layout=layout,
-        transposed=transposed,
-        alpha=alpha,
-        limit=limit,
-        up_offset=up_offset,
-    )
-
-
-@_moe.register_fake
 def _fake(
     hidden: Tensor,
-    index: Tensor,
     weight: Tensor,
-    first: Tensor,
-    down: Tensor,
-    up: Tensor | None = None,
-    first_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    *,
-    activation: str = "silu",
-    layout: str = "gate_up",
-    transposed: bool = False,
-    alpha: float = 1.0,
-    limit: float | None = None,
-    up_offset: float = 0.0,
+    activation: str,
+    layout: str,
+    alpha: float,
+    limit: float | None,
+    up_offset: float,
+    **_: Any,
 ) -> Tensor:
     GateFunction(activation, layout, alpha, limit, up_offset)
     common = torch.promote_types(hidden.dtype, weight.dtype)
@@ -203,4 +150,13 @@ def cost(node: fx.Node) -> Cost:
     return Cost(2.0 * pairs * products / max(experts, 1), moved + activations)
 
 
-moe = register("moe", _moe, reference, cost)
+moe = register(
+    "moe",
+    "(Tensor hidden, Tensor index, Tensor weight, Tensor first, Tensor down, Tensor? up=None, "
+    "Tensor? first_bias=None, Tensor? down_bias=None, Tensor? up_bias=None, *, str activation='silu', "
+    "str layout='gate_up', bool transposed=False, float alpha=1.0, float? limit=None, "
+    "float up_offset=0.0) -> Tensor",
+    reference,
+    _fake,
+    cost,
+)

@@ -3,6 +3,8 @@ last node of a sharded block of experts (see ``moe_dispatch.py``)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -35,38 +37,7 @@ def reference(
     return total.index_add_(0, token, results.to(wide)).to(dtype)
 
 
-@torch.library.custom_op(
-    "regraft::moe_combine",
-    mutates_args=(),
-    schema="(Tensor results, Tensor token, Tensor counts, SymInt tokens, *, int ranks, ScalarType dtype, int rank=0, "
-    "str group='') -> Tensor",
-)
-def _moe_combine(
-    results: Tensor,
-    token: Tensor,
-    counts: Tensor,
-    tokens: int,
-    *,
-    ranks: int,
-    dtype: torch.dtype,
-    rank: int = 0,
-    group: str = ALONE,
-) -> Tensor:
-    return reference(results, token, counts, tokens, ranks=ranks, dtype=dtype, rank=rank, group=group)
-
-
-@_moe_combine.register_fake
-def _fake(
-    results: Tensor,
-    token: Tensor,
-    counts: Tensor,
-    tokens: int,
-    *,
-    ranks: int,
-    dtype: torch.dtype,
-    rank: int = 0,
-    group: str = ALONE,
-) -> Tensor:
+def _fake(results: Tensor, tokens: int, dtype: torch.dtype, **_: Any) -> Tensor:
     return results.new_empty((tokens, results.shape[1]), dtype=dtype)
 
 
@@ -76,4 +47,11 @@ def cost(node: fx.Node) -> Cost:
     return Cost(elements(results), 2.0 * tensor_bytes(results) + tensor_bytes(node.meta["val"]))
 
 
-moe_combine = register("moe_combine", _moe_combine, reference, cost)
+moe_combine = register(
+    "moe_combine",
+    "(Tensor results, Tensor token, Tensor counts, SymInt tokens, *, int ranks, ScalarType dtype, int rank=0, "
+    "str group='') -> Tensor",
+    reference,
+    _fake,
+    cost,
+)

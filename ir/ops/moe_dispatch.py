@@ -118,52 +118,8 @@ def _dense(rows: Tensor) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(
-    "regraft::moe_dispatch",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor index, Tensor weight, Tensor copies, *, int ranks, int slots, int rank=0, "
-    "int layer=0, bool per_choice=False, str group='') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _moe_dispatch(
-    hidden: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    copies: Tensor,
-    *,
-    ranks: int,
-    slots: int,
-    rank: int = 0,
-    layer: int = 0,
-    per_choice: bool = False,
-    group: str = ALONE,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return reference(
-        hidden,
-        index,
-        weight,
-        copies,
-        ranks=ranks,
-        slots=slots,
-        rank=rank,
-        layer=layer,
-        per_choice=per_choice,
-        group=group,
-    )
-
-
-@_moe_dispatch.register_fake
 def _fake(
-    hidden: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    copies: Tensor,
-    *,
-    ranks: int,
-    slots: int,
-    rank: int = 0,
-    layer: int = 0,
-    per_choice: bool = False,
-    group: str = ALONE,
+    hidden: Tensor, index: Tensor, weight: Tensor, ranks: int, per_choice: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     context = torch.library.get_ctx()
     received, sent = context.new_dynamic_size(), context.new_dynamic_size()
@@ -188,7 +144,14 @@ def cost(node: fx.Node) -> Cost:
     return Cost(10.0 * elements(index), 2.0 * times * (tensor_bytes(hidden) + tensor_bytes(index)))
 
 
-moe_dispatch = register("moe_dispatch", _moe_dispatch, reference, cost)
+moe_dispatch = register(
+    "moe_dispatch",
+    "(Tensor hidden, Tensor index, Tensor weight, Tensor copies, *, int ranks, int slots, int rank=0, "
+    "int layer=0, bool per_choice=False, str group='') -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference,
+    _fake,
+    cost,
+)
 
 
 def sharded_sites(graph: fx.Graph) -> list[dict[str, Any]]:

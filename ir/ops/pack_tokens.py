@@ -7,6 +7,8 @@ computes, because attention still knows that they are hidden (``present``).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,17 +32,7 @@ def reference(mask: Tensor, prefix: int, suffix: int) -> tuple[Tensor, Tensor, T
     return index[None], slots[None], offsets, there.reshape(-1)[index][None]
 
 
-@torch.library.custom_op(
-    "regraft::pack_tokens",
-    mutates_args=(),
-    schema="(Tensor mask, int prefix=0, int suffix=0) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _pack_tokens(mask: Tensor, prefix: int = 0, suffix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return reference(mask, prefix, suffix)
-
-
-@_pack_tokens.register_fake
-def _fake(mask: Tensor, prefix: int = 0, suffix: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(mask: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length = mask.shape
     tokens = torch.library.get_ctx().new_dynamic_size()
 
@@ -51,4 +43,10 @@ def _fake(mask: Tensor, prefix: int = 0, suffix: int = 0) -> tuple[Tensor, Tenso
     return numbers(1, tokens), numbers(1, batch * length), numbers(batch + 1), packed  # type: ignore[arg-type]
 
 
-pack_tokens = register("pack_tokens", _pack_tokens, reference, elementwise(4))
+pack_tokens = register(
+    "pack_tokens",
+    "(Tensor mask, int prefix=0, int suffix=0) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference,
+    _fake,
+    elementwise(4),
+)

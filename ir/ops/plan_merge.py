@@ -9,6 +9,8 @@ sample alone, and is the same on every call.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -108,39 +110,8 @@ def _check(tokens: int, scored: bool, remove: int, matching: str, prefix: int, s
         )
 
 
-@torch.library.custom_op(
-    "regraft::plan_merge",
-    mutates_args=(),
-    schema="(Tensor metric, Tensor? scores=None, Tensor? keep=None, *, int remove, str matching='bipartite', "
-    "int prefix=0, int suffix=0, bool causal=False, float margin=0.0) -> (Tensor, Tensor, Tensor)",
-)
-def _plan_merge(
-    metric: Tensor,
-    scores: Tensor | None = None,
-    keep: Tensor | None = None,
-    *,
-    remove: int,
-    matching: str = "bipartite",
-    prefix: int = 0,
-    suffix: int = 0,
-    causal: bool = False,
-    margin: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference(metric, scores, keep, remove, matching, prefix, suffix, causal, margin)
-
-
-@_plan_merge.register_fake
 def _fake(
-    metric: Tensor,
-    scores: Tensor | None = None,
-    keep: Tensor | None = None,
-    *,
-    remove: int,
-    matching: str = "bipartite",
-    prefix: int = 0,
-    suffix: int = 0,
-    causal: bool = False,
-    margin: float = 0.0,
+    metric: Tensor, scores: Tensor | None, remove: int, matching: str, prefix: int, suffix: int, causal: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens = metric.shape[:2]
     _check(concrete(tokens), scores is not None, remove, matching, prefix, suffix, causal)
@@ -158,4 +129,11 @@ def cost(node: fx.Node) -> Cost:
     return Cost(2.0 * batch * compared(given["matching"], tokens) * width, traffic(node))
 
 
-plan_merge = register("plan_merge", _plan_merge, reference, cost)
+plan_merge = register(
+    "plan_merge",
+    "(Tensor metric, Tensor? scores=None, Tensor? keep=None, *, int remove, str matching='bipartite', "
+    "int prefix=0, int suffix=0, bool causal=False, float margin=0.0) -> (Tensor, Tensor, Tensor)",
+    reference,
+    _fake,
+    cost,
+)

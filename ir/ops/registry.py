@@ -42,11 +42,37 @@ class SemanticOperator:
 OPERATORS: dict[Any, SemanticOperator] = {}
 
 
-def register(kind: str, definition: Any, reference: Callable[..., Any], cost: Callable[[fx.Node], Cost]) -> Any:
-    """Enter a ``torch.library.custom_op`` into the registry; returns its default overload."""
+def register(
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cost: Callable[[fx.Node], Cost],
+) -> Any:
+    """Define ``regraft::name`` and enter it; returns its default overload.
+
+    ``reference`` and ``fake`` get every argument of the schema by its name, with the schema's defaults filled in: a
+    definition need not repeat these, and a fake kernel names what it needs.
+    """
+    definition = torch.library.custom_op(
+        f"regraft::{name}", _by_name(reference, name, schema), mutates_args=(), schema=schema
+    )
+    definition.register_fake(_by_name(fake, name, schema))
     overload = definition._opoverload
-    OPERATORS[overload] = SemanticOperator(kind, overload, cost, reference)
+    OPERATORS[overload] = SemanticOperator(name, overload, cost, reference)
     return overload
+
+
+def _by_name(function: Callable[..., Any], name: str, schema: str) -> Callable[..., Any]:
+    """The function as a call of the operator makes it: places become names, and what is left out is as by default."""
+    expected = torch._C.parse_schema(f"regraft::{name}{schema}").arguments
+    names = [argument.name for argument in expected]
+    defaults = {argument.name: argument.default_value for argument in expected if argument.has_default_value()}
+
+    def call(*args: Any, **options: Any) -> Any:
+        return function(**{**defaults, **dict(zip(names, args, strict=False)), **options})
+
+    return call
 
 
 def tensor_bytes(value: Any) -> float:

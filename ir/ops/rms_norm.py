@@ -8,6 +8,8 @@ the input's type before the weight is applied (Llama), ``"after_weight"`` applie
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,21 +31,17 @@ def reference(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast:
     return (normed * scale).to(x.dtype)
 
 
-@torch.library.custom_op(
-    "regraft::rms_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, float eps, float offset=0.0, str cast='before_weight') -> Tensor",
-)
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, cast: str = "before_weight") -> Tensor:
-    return reference(x, weight, eps, offset, cast)
-
-
-@_rms_norm.register_fake
-def _fake(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, cast: str = "before_weight") -> Tensor:
+def _fake(x: Tensor, weight: Tensor | None, cast: str, **_: Any) -> Tensor:
     dtype = x.dtype
     if weight is not None and cast == "before_weight":
         dtype = torch.promote_types(x.dtype, weight.dtype)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-rms_norm = register("rms_norm", _rms_norm, reference, elementwise(5))
+rms_norm = register(
+    "rms_norm",
+    "(Tensor x, Tensor? weight, float eps, float offset=0.0, str cast='before_weight') -> Tensor",
+    reference,
+    _fake,
+    elementwise(5),
+)

@@ -8,6 +8,8 @@ says which entries form a pair: "half" pairs ``i`` with ``i + rotary_dim/2`` (GP
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,20 +48,16 @@ def widen(table: Tensor, rotary_dim: int, layout: str) -> Tensor:
     return table.repeat_interleave(2, dim=-1)
 
 
-@torch.library.custom_op(
-    "regraft::rope",
-    mutates_args=(),
-    schema="(Tensor x, Tensor cos, Tensor sin, SymInt rotary_dim, str layout='half') -> Tensor",
-)
-def _rope(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, layout: str = "half") -> Tensor:
-    return reference(x, cos, sin, rotary_dim, layout)
-
-
-@_rope.register_fake
-def _fake(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, layout: str = "half") -> Tensor:
+def _fake(x: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), sin.dtype)
     leading = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1], sin.shape[:-1])
     return torch.empty((*leading, x.shape[-1]), dtype=dtype, device=x.device)
 
 
-rope = register("rope", _rope, reference, elementwise(4))
+rope = register(
+    "rope",
+    "(Tensor x, Tensor cos, Tensor sin, SymInt rotary_dim, str layout='half') -> Tensor",
+    reference,
+    _fake,
+    elementwise(4),
+)

@@ -5,12 +5,14 @@ their highest counts, so that one index serves the whole group."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, fx
+from typing import Any
 
-from regraft.ir.nodes import arguments, concrete
+import torch
+from torch import Tensor
+
+from regraft.ir.ops.attention_scores import one_product
 from regraft.ir.ops.attention_topk import reference as highest
-from regraft.ir.ops.registry import Cost, register, traffic
+from regraft.ir.ops.registry import register
 
 
 def reference(
@@ -32,33 +34,16 @@ def in_rising_order(index: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     return index.masked_fill(index == keys, 0), index < keys
 
 
-@torch.library.custom_op(
-    "regraft::select_keys",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor[] mask_tensors, *, float scale, str mask='all', int count) "
-    "-> (Tensor, Tensor)",
-)
-def _select_keys(
-    query: Tensor, key: Tensor, mask_tensors: list[Tensor], *, scale: float, mask: str = "all", count: int
-) -> tuple[Tensor, Tensor]:
-    return reference(query, key, mask_tensors, scale, mask, count)
-
-
-@_select_keys.register_fake
-def _fake(
-    query: Tensor, key: Tensor, mask_tensors: list[Tensor], *, scale: float, mask: str = "all", count: int
-) -> tuple[Tensor, Tensor]:
+def _fake(key: Tensor, count: int, **_: Any) -> tuple[Tensor, Tensor]:
     sizes = key.shape[0], key.shape[1], count
     index = torch.empty(sizes, dtype=torch.int64, device=key.device)
     return index, torch.empty(sizes, dtype=torch.bool, device=key.device)
 
 
-def cost(node: fx.Node) -> Cost:
-    """One matrix product; attention beside it may share it."""
-    given = arguments(node)
-    batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
-    keys = concrete(given["key"].meta["val"].shape[2])
-    return Cost(2.0 * batch * heads * length * keys * head_dim, traffic(node))
-
-
-select_keys = register("select_keys", _select_keys, reference, cost)
+select_keys = register(
+    "select_keys",
+    "(Tensor query, Tensor key, Tensor[] mask_tensors, *, float scale, str mask='all', int count) -> (Tensor, Tensor)",
+    reference,
+    _fake,
+    one_product,
+)

@@ -6,6 +6,8 @@ cos(x, -c_v))) * c_v / |c_v|``, the result is ``|x| * (u + y) / |u + y|``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,16 +27,10 @@ def reference(x: Tensor, directions: Tensor, strength: float) -> Tensor:
     return out.to(x.dtype)
 
 
-@torch.library.custom_op(
-    "regraft::steer", mutates_args=(), schema="(Tensor x, Tensor directions, float strength) -> Tensor"
-)
-def _steer(x: Tensor, directions: Tensor, strength: float) -> Tensor:
-    return reference(x, directions, strength)
-
-
-@_steer.register_fake
-def _fake(x: Tensor, directions: Tensor, strength: float) -> Tensor:
+def _fake(x: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-steer = register("steer", _steer, reference, elementwise(12.0))
+steer = register(
+    "steer", "(Tensor x, Tensor directions, float strength) -> Tensor", reference, _fake, elementwise(12.0)
+)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -120,21 +121,7 @@ def _check(kind: str, has_values: bool) -> None:
         raise ValueError(f"the score {kind!r} is read off values, and none were given")
 
 
-@torch.library.custom_op(
-    "regraft::token_scores",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor? keep=None, Tensor? value=None, *, float scale, str kind) -> Tensor",
-)
-def _token_scores(
-    query: Tensor, key: Tensor, keep: Tensor | None = None, value: Tensor | None = None, *, scale: float, kind: str
-) -> Tensor:
-    return reference(query, key, keep, value, scale, kind)
-
-
-@_token_scores.register_fake
-def _fake(
-    query: Tensor, key: Tensor, keep: Tensor | None = None, value: Tensor | None = None, *, scale: float, kind: str
-) -> Tensor:
+def _fake(query: Tensor, key: Tensor, value: Tensor | None, kind: str, **_: Any) -> Tensor:
     _check(kind, value is not None)
     return torch.empty((query.shape[0], key.shape[2]), dtype=torch.float32, device=query.device)
 
@@ -148,4 +135,10 @@ def cost(node: fx.Node) -> Cost:
     return Cost(2.0 * batch * heads * read * keys * head_dim, traffic(node))
 
 
-token_scores = register("token_scores", _token_scores, reference, cost)
+token_scores = register(
+    "token_scores",
+    "(Tensor query, Tensor key, Tensor? keep=None, Tensor? value=None, *, float scale, str kind) -> Tensor",
+    reference,
+    _fake,
+    cost,
+)

@@ -20,14 +20,8 @@ def reference(x: Tensor, slots: Tensor) -> Tensor:
     return rows(x, slots.clamp(min=0)).masked_fill((slots < 0)[..., None], 0)
 
 
-@torch.library.custom_op("regraft::unmerge_tokens", mutates_args=(), schema="(Tensor x, Tensor slots) -> Tensor")
-def _unmerge_tokens(x: Tensor, slots: Tensor) -> Tensor:
-    return reference(x, slots)
-
-
-@_unmerge_tokens.register_fake
 def _fake(x: Tensor, slots: Tensor) -> Tensor:
     return torch.empty((*slots.shape, x.shape[2]), dtype=x.dtype, device=x.device)
 
 
-unmerge_tokens = register("unmerge_tokens", _unmerge_tokens, reference, elementwise(0))
+unmerge_tokens = register("unmerge_tokens", "(Tensor x, Tensor slots) -> Tensor", reference, _fake, elementwise(0))
