@@ -126,7 +126,7 @@ def _read(match: Match) -> tuple[Heads, Scores, Masks]:
     if not size_equal(shape(match.weights)[-1], shape(match.product)[-1] + int(scores.sinks is not None)):
         raise Refused("the softmax does not run over all keys", match.weights)
     _check_sinks(match, scores)
-    heads = read_heads(match.query, match.key_transposed, match.value, scores, match.root)
+    heads = read_heads(match.query, match.key_transposed, match.value, match.product, scores, match.root)
     key_length = shape(match.product)[-1]
     masks = read_masks(match.program, scores, shape(match.product)[-2], key_length)
     if zeroing_steps(match) and (masks.fill is not None or masks.chain):

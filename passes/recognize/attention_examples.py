@@ -125,6 +125,6 @@ SDPA_NEAR_MISSES = (
     Example(
         "five dims, and a mask for each of the first",
         _heads(lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=_each(q))),
-        "a mask differs over the leading dims of five",
+        "a mask differs along the middle one of three leading dims",
     ),
 )

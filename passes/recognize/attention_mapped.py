@@ -179,7 +179,7 @@ def _read(match: Match) -> _Site:
             scores.scale /= step["constant"]
         else:
             normaliser, constant = "constant", float(step["constant"])
-    heads = read_heads(match.query, match.key_transposed, match.value, scores, match.root)
+    heads = read_heads(match.query, match.key_transposed, match.value, match.product, scores, match.root)
     masks = read_masks(match.program, scores, shape(match.product)[-2], shape(match.product)[-1])
     if masks.chain or masks.fill is not None or masks.least > -math.inf:
         raise Refused("masked scores keep some weight", match.product)

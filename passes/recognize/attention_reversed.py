@@ -85,7 +85,10 @@ class RecognizeReversedAttention(Rule):
         yield need(sizes_equal(*heads), "query and key have different heads", at=match.product)
         try:
             scores = read_scores(match.product, match.steps("before"))
-            match.facts["site"] = read_heads(match.query, match.key_transposed, match.value, scores, match.root), scores
+            match.facts["site"] = (
+                read_heads(match.query, match.key_transposed, match.value, match.product, scores, match.root),
+                scores,
+            )
         except Refused as refused:
             yield need(False, refused.reason, at=refused.node)
 

@@ -1,8 +1,7 @@
 """Query, key and value of a matched attention as ``[batch, heads, length, head_dim]``, and building the operator.
 
-Handles products of any rank: 2-D and 3-D operands get leading dims of one, 5-D grouped queries are folded into
-heads, merged ``batch * heads`` dims are taken apart again when the masks are 4-D. Repeated key and value heads are
-read before the repetition.
+Handles products of two to five dims (``leading.py``); merged ``batch * heads`` dims are taken apart again when the
+masks are 4-D. Repeated key and value heads are read before the repetition.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from regraft.ir.mask import Everything
 from regraft.ir.nodes import Builder, concrete, dtype, is_tensor, rank, shape, size_equal
 from regraft.ir.ops.attention import attention
 from regraft.passes.recognize.bias import at_most_four, build_bias, build_slopes
+from regraft.passes.recognize.leading import Leading, read_leading
 from regraft.passes.recognize.masks import Masks
 from regraft.passes.recognize.scores import Refused, Scores
 
@@ -28,34 +28,33 @@ aten = torch.ops.aten
 class Heads:
     """The operands of an attention before they are brought to four dims.
 
-    ``leading`` is the node whose dims before the last two are ``[batch, heads]`` (or fewer, or grouped heads);
-    ``factor`` the numbers that query and key were multiplied with.
+    ``leading`` makes two dims, batch and heads, of those in front; query and key broadcast to ``product``, the value
+    to ``root``.
     """
 
     query: fx.Node
     key: fx.Node
     key_is_transposed: bool
     value: fx.Node
-    leading: fx.Node
-    factor: float = 1.0
+    leading: Leading
+    product: fx.Node
+    root: fx.Node
 
 
-def read_heads(query: fx.Node, key_transposed: fx.Node, value: fx.Node, scores: Scores, root: fx.Node) -> Heads:
+def read_heads(
+    query: fx.Node, key_transposed: fx.Node, value: fx.Node, product: fx.Node, scores: Scores, root: fx.Node
+) -> Heads:
     """Check that the operands can be brought to four dims; raises ``Refused``."""
     site = scores.site
     assert site is not None
-    if rank(site) > 5 or rank(query) > 5 or rank(query) < 2:
+    if rank(site) > 5 or rank(product) > 5 or rank(root) > 5 or rank(query) < 2:
         raise Refused(f"the scores have {rank(site)} dims", site)
-    if rank(query) == 5 and rank(site) == 5 and any(rank(item.node) > 3 for item in scores.additions):
-        folded = [_fold_mask(item.node) for item in scores.additions]
-        if any(node is None for node in folded):
-            raise Refused("a mask over grouped heads differs from group to group", site)
-    return Heads(query, key_transposed, True, value, site)
-
-
-def _fold_mask(node: fx.Node) -> fx.Node | None:
-    sizes = shape(node)
-    return node if len(sizes) <= 3 or all(size == 1 for size in sizes[-4:-2]) else None
+    leading = read_leading(site, scores.maskings)
+    for node, within in ((query, product), (key_transposed, product), (value, root)):
+        leading.check(node, within)
+    if not leading.reaches(root):
+        raise Refused("the values have more batches or heads than the scores", root)
+    return Heads(query, key_transposed, True, value, leading, product, root)
 
 
 def build_attention(
@@ -96,13 +95,12 @@ def build_operands(build: Builder, heads: Heads, scores: Scores, masks: Masks) -
     """The operands of a site in four dims."""
     query, query_factor = _unscaled(build, heads.query)
     key, key_factor = _unscaled(build, heads.key)
-    leading = _leading(build, heads)
-    query4 = _scaled(build, _four_dims(build, query, leading), scores)
-    key4 = _swap_last(build, key) if heads.key_is_transposed else key
-    key4, value4 = _ungrouped(build, key4, heads.value, leading)
+    query4 = heads.leading.placed(build, _scaled(build, query, scores), heads.product)
+    key = _swap_last(build, key) if heads.key_is_transposed else key
+    key4, value4 = _keys_and_values(build, key, heads)
     query4, key4, value4 = _alike(build, query4, key4, value4)
-    lengths = build.size(heads.leading, -2), build.size(heads.key, -1 if heads.key_is_transposed else -2)
-    bias = build_bias(build, masks, leading, lengths)
+    lengths = build.size(heads.leading.site, -2), build.size(heads.key, -1 if heads.key_is_transposed else -2)
+    bias = build_bias(build, masks, heads.leading.sizes(build), lengths)
     tables = [at_most_four(build, tensor) for tensor in masks.tensors]
     return Operands(
         (query4, key4, value4, tables, bias, build_slopes(build, masks)),
@@ -125,7 +123,7 @@ def _alike(build: Builder, *operands: fx.Node) -> list[fx.Node]:
 
 
 def _scaled(build: Builder, query: fx.Node, scores: Scores) -> fx.Node:
-    """The query, times the factors of the scores that are tensors."""
+    """The query, times the factors of the scores that are tensors: they broadcast to the product's dims."""
     for factor, times in scores.factors:
         query = build.call(aten.mul.Tensor if times else aten.div.Tensor, query, factor)
     return query
@@ -147,43 +145,6 @@ def _unscaled(build: Builder, node: fx.Node) -> tuple[fx.Node, float]:
     return node, factor
 
 
-def _leading(build: Builder, heads: Heads) -> list[Any]:
-    """``[batch, heads]`` of the site: missing dims are one, grouped heads ``[kv_heads, groups]`` are multiplied."""
-    site = heads.leading
-    sizes = shape(site)[:-2]
-    if len(sizes) == 3:
-        if not all(isinstance(size, int) for size in sizes[1:]):
-            raise ValueError("grouped heads have symbolic sizes")
-        return [build.size(site, 0), sizes[1] * sizes[2]]
-    if len(sizes) == 1 and not isinstance(sizes[0], int):
-        return [1, -1]
-    return [1] * (2 - len(sizes)) + [build.size(site, dim) for dim in range(len(sizes))]
-
-
-def _four_dims(build: Builder, node: fx.Node, leading: list[Any]) -> fx.Node:
-    if rank(node) == 4 and _same_leading(node, leading):
-        return node
-    flat = _before_reshape(node, leading)
-    if flat is not None:
-        return flat
-    return build.call(aten.reshape.default, node, [*leading, build.size(node, -2), build.size(node, -1)])
-
-
-def _same_leading(node: fx.Node, leading: list[Any]) -> bool:
-    return all(size_equal(a, b) for a, b in zip(shape(node)[:2], leading, strict=True))
-
-
-def _before_reshape(node: fx.Node, leading: list[Any]) -> fx.Node | None:
-    """The 4-D tensor that a reshape had flattened into ``[batch * heads, length, head_dim]``."""
-    if node.target is not aten.reshape.default or not isinstance(node.args[0], fx.Node):
-        return None
-    source = node.args[0]
-    same_inner = rank(source) == 4 and all(
-        size_equal(a, b) for a, b in zip(shape(source)[-2:], shape(node)[-2:], strict=True)
-    )
-    return source if same_inner and _same_leading(source, leading) else None
-
-
 def _swap_last(build: Builder, node: fx.Node) -> fx.Node:
     order = [*range(rank(node) - 2), rank(node) - 1, rank(node) - 2]
     source: Any = node
@@ -193,32 +154,15 @@ def _swap_last(build: Builder, node: fx.Node) -> fx.Node:
     return source if order == sorted(order) else build.call(aten.permute.default, source, order)
 
 
-def _ungrouped(build: Builder, key: fx.Node, value: fx.Node, leading: list[Any]) -> tuple[fx.Node, fx.Node]:
-    """Key and value with their own number of heads, when both repeat them alike."""
-    if rank(key) == 5:
-        return _fold_groups(build, key, leading), _fold_groups(build, value, leading)
+def _keys_and_values(build: Builder, key: fx.Node, heads: Heads) -> tuple[fx.Node, fx.Node]:
+    """Key and value with one number of heads: their own, when both repeat or share them alike, else the query's."""
+    value, leading = heads.value, heads.leading
     key_source, key_groups = _before_repeat(build, key)
     value_source, value_groups = _before_repeat(build, value)
     if key_groups == value_groups and key_groups > 1:
-        return key_source, value_source
-    return _keys_or_values(build, key, leading), _keys_or_values(build, value, leading)
-
-
-def _keys_or_values(build: Builder, node: fx.Node, leading: list[Any]) -> fx.Node:
-    """Keys or values in four dims; theirs may be fewer heads than the query's, and one batch for all."""
-    if rank(node) != 4:
-        return _four_dims(build, node, leading)
-    if size_equal(shape(node)[0], leading[0]):
-        return node
-    return build.call(aten.expand.default, node, [leading[0], *(build.size(node, dim) for dim in (1, 2, 3))])
-
-
-def _fold_groups(build: Builder, node: fx.Node, leading: list[Any]) -> fx.Node:
-    """``[batch, kv_heads, 1, length, head_dim]`` without the group dim; other shapes with groups as heads."""
-    sizes = [build.size(node, dim) for dim in range(rank(node))]
-    if shape(node)[2] == 1:
-        return build.call(aten.reshape.default, node, [*sizes[:2], *sizes[3:]])
-    return build.call(aten.reshape.default, node, [*leading, *sizes[3:]])
+        key, value = key_source, value_source
+    own = size_equal(leading.heads_of(key, heads.product), leading.heads_of(value, heads.root))
+    return leading.placed(build, key, heads.product, own), leading.placed(build, value, heads.root, own)
 
 
 def _before_repeat(build: Builder, node: fx.Node) -> tuple[fx.Node, int]:

@@ -15,6 +15,7 @@ from regraft.ir.pattern import sdpa as sdpa_call
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.recognize import attention_examples as shown
 from regraft.passes.recognize.heads import Heads, build_attention
+from regraft.passes.recognize.leading import read_leading
 from regraft.passes.recognize.masks import Masks, read_masks
 from regraft.passes.recognize.scores import Addition, Condition, Refused, Scores
 
@@ -34,8 +35,6 @@ class RecognizeSdpa(Rule):
         given = arguments(match.root)
         yield need(given["dropout_p"] == 0, "dropout is on", at=match.root)
         yield need(rank(given["query"]) in (3, 4, 5), "the query has neither 3, 4 nor 5 dims", at=match.root)
-        plain = rank(given["query"]) < 5 or given["attn_mask"] is None or rank(given["attn_mask"]) <= 2
-        yield need(plain, "a mask differs over the leading dims of five", at=match.root)
         try:
             match.facts["site"] = _read(match, given)
         except Refused as refused:
@@ -60,7 +59,8 @@ def _read(match: Match, given: dict[str, Any]) -> tuple[Heads, Scores, Masks]:
             scores.maskings.append(Addition(mask))
         else:
             scores.maskings.append(Condition(mask, -math.inf, False, query.meta["val"].dtype))
+    leading = read_leading(match.root, scores.maskings)
     masks = read_masks(match.program, scores, *lengths)
     if given["is_causal"]:
         masks.predicate = CAUSAL
-    return Heads(query, key, False, value, match.root), scores, masks
+    return Heads(query, key, False, value, leading, match.root, match.root), scores, masks
