@@ -1,8 +1,10 @@
 // Attention in one pass over the keys (flash attention, Dao et al. 2022; online softmax, Milakov & Gimelshein 2018).
 //
 // Keys are packed into panels of transposed columns, so that a block of queries meets them as a matrix product; values
-// are packed into rows of whole vectors. Each task is one block of queries of one head. Keys that none of its queries
-// sees, by their spans, by their bits or because a padding mask ends before them, are never touched.
+// are packed into rows of whole vectors. Each task is one block of queries of one head, or, where there are heads enough
+// for all threads, all blocks of the heads that share keys, which the task packs for itself and finds in its cache. Keys
+// that no query of a block sees, by their spans, by their bits or because a padding mask ends before them, are never
+// touched.
 //
 // Few queries over many keys (verified drafts, a step of decoding) read keys and values where they lie: packing them would
 // cost more than the arithmetic. Heads that share keys are rows of one block then, so that keys are read once; and where
@@ -13,6 +15,12 @@
 #include "attention_rows.h"
 #include "few_rows.h"
 #include "product.h"
+
+extern "C" int omp_get_max_threads();  // the header of some compilers is a package of its own
+
+// Packed keys and values of one head, in floats, that a core's own cache holds; and tasks of whole heads for each thread
+// that leave none waiting for long.
+constexpr int64_t OWN_FLOATS = 1 << 17, HEADS_A_THREAD = 4;
 
 // How a site is parted into tasks: `blocks` of queries for each batch and head of keys (of several heads, where nothing
 // is packed), each on `parts` parts of the keys.
@@ -33,13 +41,19 @@ static Plan plan_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t leng
     return {true, together, blocks, parts};
 }
 
-// Floats that a caller provides as workspace: packed keys and values of every batch and head, or what parts leave.
+static int64_t packed_floats(int64_t keys, int64_t head_dim, int64_t value_dim) {
+    return round_up(keys, PANEL) * (head_dim + round_up(value_dim, LANES));
+}
+
+// Floats that a caller provides as workspace: packed keys and values of every batch and head, or what parts leave. Nought
+// where nothing is packed, or each task packs for itself.
 extern "C" int64_t regraft_attention_workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t length, int64_t keys,
                                                int64_t head_dim, int64_t value_dim) {
     Plan plan = plan_of(batch, heads, kv_heads, length, keys, value_dim);
     if (plan.parts > 1) return batch * kv_heads * plan.blocks * plan.parts * Plan::left(value_dim);
-    if (plan.direct) return 1;
-    return batch * kv_heads * round_up(keys, PANEL) * (head_dim + round_up(value_dim, LANES));
+    int64_t each = packed_floats(keys, head_dim, value_dim);
+    bool own = each <= OWN_FLOATS && batch * kv_heads >= HEADS_A_THREAD * omp_get_max_threads();
+    return plan.direct || own ? 0 : batch * kv_heads * each;
 }
 
 static void pack_keys(const Site &s, int64_t b, int64_t h, int64_t first, float *panel) {
@@ -202,6 +216,13 @@ static void finish_block(const Site &s, const Block &block, int64_t width, const
     }
 }
 
+// What a task on a part of the keys leaves in the workspace.
+static Sums left_by(const Site &s, int64_t task) {
+    int64_t width = round_up(s.value_dim, LANES);
+    float *place = s.workspace + task * Plan::left(width);
+    return {place, place + FEW_ROWS * width, place + FEW_ROWS * (width + 1)};
+}
+
 // Adds what another part of the keys gave to a block's sums.
 static void join(const Site &s, int64_t rows, int64_t width, const Sums &sums, const Sums &more) {
     for (int64_t r = 0; r < rows; r++) {
@@ -237,58 +258,85 @@ static void find_block(const Site &s, const Plan &plan, int64_t number, Block &b
             block.queries[block.rows++] = query_at(s, block.b, h, r);
 }
 
-// Keys and values in panels, of every batch and head.
-static void pack(const Site &s, int64_t padded, int64_t width) {
+// A panel of keys from `first` on, and its values, among the packed ones of one batch and head.
+static void pack(const Site &s, int64_t b, int64_t kv_head, int64_t first, float *packed) {
+    pack_keys(s, b, kv_head, first, packed + first * s.head_dim);
+    pack_values(s, b, kv_head, first, packed + round_up(s.keys, PANEL) * s.head_dim, round_up(s.value_dim, LANES));
+}
+
+static void pack_all(const Site &s, int64_t each) {
 #pragma omp for collapse(2) schedule(static)
     for (int64_t i = 0; i < s.batch * s.kv_heads; i++)
-        for (int64_t first = 0; first < padded; first += PANEL) {
-            float *packed = s.workspace + i * padded * (s.head_dim + width);
-            pack_keys(s, i / s.kv_heads, i % s.kv_heads, first, packed + first * s.head_dim);
-            pack_values(s, i / s.kv_heads, i % s.kv_heads, first, packed + padded * s.head_dim, width);
-        }
+        for (int64_t first = 0; first < round_up(s.keys, PANEL); first += PANEL)
+            pack(s, i / s.kv_heads, i % s.kv_heads, first, s.workspace + i * each);
+}
+
+// Where a thread works: a block, its scores and sums, and packed keys and values that are its own.
+struct Desk {
+    Block block;
+    float *scores, *packed;
+    Sums sums;
+
+    Desk(const Site &s, const Plan &plan, int64_t own) {
+        int64_t width = round_up(s.value_dim, LANES), rows = plan.direct ? FEW_ROWS : QUERY_BLOCK;
+        int64_t held = plan.direct ? FEW_ROWS * round_up(s.head_dim, LANES) : 0, turned = plan.direct ? FEW_ROWS * KEY_BLOCK : 0;
+        int64_t floats = rows * (SCORE_STRIDE + width + 2);
+        scores = (float *)memalign(64, (floats + held + turned + own) * sizeof(float));
+        float *values = scores + rows * SCORE_STRIDE;
+        sums = {values, values + rows * width, values + rows * (width + 1)};
+        block.held = scores + floats, block.turned = block.held + held, packed = block.turned + turned;
+    }
+    ~Desk() { free(scores); }
+};
+
+// One block of queries on one part of the keys.
+static void attend_task(const Site &s, const Plan &plan, int64_t task, const float *packed, Desk &desk, const Sums &sums) {
+    int64_t step = round_up(ceil_div(s.keys, plan.parts), PANEL), part = task % plan.parts;
+    find_block(s, plan, task / plan.parts, desk.block);
+    desk.block.panels = packed, desk.block.values = packed ? packed + round_up(s.keys, PANEL) * s.head_dim : nullptr;
+    if (plan.direct) hold_queries(s, desk.block);
+    int64_t end = keys_left(s, desk.block.b), width = round_up(s.value_dim, LANES);
+    Range keys = {smaller(part * step, end), smaller((part + 1) * step, end)};
+    attend_block(s, desk.block, keys, part == 0, width, desk.scores, sums);
+    if (plan.parts == 1) finish_block(s, desk.block, width, sums);
+}
+
+// Blocks whose keys were parted: what the parts left is put together.
+static void join_parts(const Site &s, const Plan &plan, int64_t number, Desk &desk) {
+    int64_t width = round_up(s.value_dim, LANES);
+    Sums sums = left_by(s, number * plan.parts);
+    find_block(s, plan, number, desk.block);
+    for (int64_t part = 1; part < plan.parts; part++)
+        join(s, desk.block.rows, width, sums, left_by(s, number * plan.parts + part));
+    finish_block(s, desk.block, width, sums);
 }
 
 extern "C" void regraft_attention(const Site *given) {
     const Site &s = *given;
     if (s.batch == 0 || s.heads == 0 || s.length == 0 || (s.value_dim == 0 && !s.lse)) return;
-    int64_t padded = round_up(s.keys, PANEL), width = round_up(s.value_dim, LANES), each = padded * (s.head_dim + width);
     Plan plan = plan_of(s.batch, s.heads, s.kv_heads, s.length, s.keys, s.value_dim);
-    int64_t blocks = s.batch * s.kv_heads * plan.blocks, step = round_up(ceil_div(s.keys, plan.parts), PANEL);
-    auto left_by = [&](int64_t task) {
-        float *place = s.workspace + task * Plan::left(width);
-        return Sums{place, place + FEW_ROWS * width, place + FEW_ROWS * (width + 1)};
-    };
+    int64_t each = packed_floats(s.keys, s.head_dim, s.value_dim), heads = s.batch * s.kv_heads;
+    bool own = !plan.direct && !s.workspace;
 #pragma omp parallel
     {
-        if (!plan.direct) pack(s, padded, width);
-        int64_t rows = plan.direct ? FEW_ROWS : QUERY_BLOCK, floats = rows * (SCORE_STRIDE + width + 2);
-        int64_t held = plan.direct ? FEW_ROWS * round_up(s.head_dim, LANES) : 0, turned = plan.direct ? FEW_ROWS * KEY_BLOCK : 0;
-        float *scratch = (float *)memalign(64, (floats + held + turned) * sizeof(float)), *own = scratch + rows * SCORE_STRIDE;
-        Block block;
-        block.held = scratch + floats, block.turned = block.held + held;
+        Desk desk(s, plan, own ? each : 0);
+        if (!plan.direct && !own) pack_all(s, each);
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t task = 0; task < blocks * plan.parts; task++) {
-            find_block(s, plan, task / plan.parts, block);
-            const float *packed = s.workspace + (block.b * s.kv_heads + block.kv_head) * each;
-            block.panels = plan.direct ? nullptr : packed, block.values = packed + padded * s.head_dim;
-            if (plan.direct) hold_queries(s, block);
-            Sums sums = plan.parts > 1 ? left_by(task) : Sums{own, own + rows * width, own + rows * (width + 1)};
-            int64_t part = task % plan.parts, end = keys_left(s, block.b);
-            Range keys = {smaller(part * step, end), smaller((part + 1) * step, end)};
-            attend_block(s, block, keys, part == 0, width, scratch, sums);
-            if (plan.parts == 1) finish_block(s, block, width, sums);
+        for (int64_t head = 0; head < (own ? heads : 0); head++) {
+            for (int64_t first = 0; first < s.keys; first += PANEL) pack(s, head / s.kv_heads, head % s.kv_heads, first, desk.packed);
+            for (int64_t inside = 0; inside < plan.blocks; inside++)
+                attend_task(s, plan, head * plan.blocks + inside, desk.packed, desk, desk.sums);
+        }
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t task = 0; task < (own ? 0 : heads * plan.blocks * plan.parts); task++) {
+            const float *packed = plan.direct ? nullptr : s.workspace + task / plan.blocks * each;
+            attend_task(s, plan, task, packed, desk, plan.parts > 1 ? left_by(s, task) : desk.sums);
         }
         if (plan.parts > 1) {  // threads wait for each other only where parts are to be joined
 #pragma omp barrier
         }
 #pragma omp for schedule(static) nowait
-        for (int64_t number = 0; number < (plan.parts > 1 ? blocks : 0); number++) {
-            find_block(s, plan, number, block);
-            Sums sums = left_by(number * plan.parts);
-            for (int64_t part = 1; part < plan.parts; part++)
-                join(s, block.rows, width, sums, left_by(number * plan.parts + part));
-            finish_block(s, block, width, sums);
-        }
-        free(scratch);
+        for (int64_t number = 0; number < (plan.parts > 1 ? heads * plan.blocks : 0); number++)
+            join_parts(s, plan, number, desk);
     }
 }

@@ -114,7 +114,7 @@ def _call(
     shown = None if mask is None else _rows_in_order(mask).expand(batch, heads, length, count)
     held = (None if table is None else table.reshape(-1).contiguous() for table in (slopes, sinks))
     floats = library.regraft_attention_workspace(batch, heads, kv_heads, length, count, head_dim, value_dim)
-    workspace = query.new_empty(floats)
+    workspace = query.new_empty(floats) if floats else None
     starts, ends = (None, None) if spans is None else spans.unbind(0)
     most = 0 if starts is None else starts.shape[3]
     if most > MOST_SPANS:
@@ -126,7 +126,8 @@ def _call(
     )  # fmt: skip
     results = (out, workspace, None) if value is not None else (None, workspace, out)
     tensors = (query, key, value, shown, *held, *results, starts, ends, key_more, value_more, bits)
-    return NativeCall("regraft_attention", _Site, tensors, structure, out, (out, workspace))
+    made = (out,) if workspace is None else (out, workspace)
+    return NativeCall("regraft_attention", _Site, tensors, structure, out, made)
 
 
 def _strides(table: Tensor | None) -> tuple[int, ...]:
