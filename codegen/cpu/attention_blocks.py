@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from regraft.codegen.cpu.attention_masks import gets_no_weight, key_length
-from regraft.codegen.cpu.attention_parts import spans_of, take_apart
+from regraft.codegen.cpu.attention_masks import gets_no_weight, heads_and_length, key_length
+from regraft.codegen.cpu.attention_parts import span_table, take_apart
 from regraft.codegen.cpu.context import Context
 from regraft.ir.mask import Everything, every_row_nonempty, parse, proof_lengths
 from regraft.ir.nodes import shape
@@ -192,7 +192,8 @@ def lower_blocks(context: Context, given: dict[str, Any]) -> fx.Node:
     """Emit one site of either operator."""
     query, key, value = (context.value(given[name]) for name in ("query", "key", "value"))
     tensors = [context.value(tensor) for tensor in given["mask_tensors"]]
-    table = context.call(spans_of, given["mask"], tensors, query, key_length(context, given))
+    sizes = *heads_and_length(context, given), key_length(context, given)
+    table = context.call(span_table, given["mask"], tensors, *sizes)
     optional = [None if given[name] is None else context.value(given[name]) for name in ("bias", "slopes")]
     if "weight" in given:
         options = [given[name] for name in ("scale", "softcap", "weight", "normaliser", "constant")]

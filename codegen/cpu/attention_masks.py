@@ -104,14 +104,23 @@ def appended(given: dict[str, Any]) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]
     return tuple(pieces) if size_equal(shape(pieces[0])[2], shape(pieces[2])[2]) else None
 
 
+def heads_and_length(context: Context, given: dict[str, Any]) -> list[int | fx.Node]:
+    """The numbers of a site's heads and queries, in the lowered graph where they are symbolic."""
+    return [_size(context, given["query"], dim) for dim in (1, 2)]
+
+
 def key_length(context: Context, given: dict[str, Any]) -> int | fx.Node:
     """The number of a site's keys, in the lowered graph where it is symbolic."""
     size, pieces = shape(given["key"])[2], appended(given)
-    if isinstance(size, int):
-        return size
-    parts = [given["key"]] if pieces is None else pieces[:2]
-    counts = [context.call(aten.sym_size.int, context.value(part), 2) for part in parts]
-    return counts[0] if pieces is None else context.call(operator.add, *counts)
+    if isinstance(size, int) or pieces is None:
+        return _size(context, given["key"], 2)
+    made: fx.Node = context.call(operator.add, *(_size(context, part, 2) for part in pieces[:2]))
+    return made
+
+
+def _size(context: Context, node: fx.Node, dim: int) -> int | fx.Node:
+    size = shape(node)[dim]
+    return size if isinstance(size, int) else context.call(aten.sym_size.int, context.value(node), dim)
 
 
 def _is_padding(predicate: Predicate) -> bool:

@@ -197,18 +197,15 @@ def _sample_masks(context: Context, given: dict[str, Any], form: AttentionShape,
 def _example_masks(form: AttentionShape, parts: Parts, tensors: list[Tensor], query: Tensor, in_calls: bool) -> _Masks:
     """The masks of the example inputs; ``in_calls``: each call makes them."""
     seen = str(conjunction([parts.spans, parts.known]))
+    sizes = form.heads, form.length, form.keys
 
     def exact() -> Tensor:
         return additive_mask(form.mask, tensors, None, None, query, form.keys, -math.inf)
 
     def own() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        added = None if isinstance(parts.keys, Everything) else padding_mask(str(parts.keys), tensors, query, form.keys)
-        table, bits = spans_or_bits(seen, str(parts.runs), tensors, query, form.keys)
-        return (
-            added,
-            table,
-            bits if isinstance(parts.rest, Everything) else bits_of(str(parts.rest), tensors, query, form.keys),
-        )
+        added = None if isinstance(parts.keys, Everything) else padding_mask(str(parts.keys), tensors, form.keys)
+        table, bits = spans_or_bits(seen, str(parts.runs), tensors, *sizes)
+        return added, table, bits if isinstance(parts.rest, Everything) else bits_of(str(parts.rest), tensors, *sizes)
 
     def settled() -> None:
         mask = exact()

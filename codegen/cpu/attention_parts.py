@@ -18,11 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from regraft.codegen.cpu.attention_masks import additive_mask, conjunction, fixed_sizes, key_length, mask_key, parsed
+from regraft.codegen.cpu.attention_masks import (
+    additive_mask,
+    conjunction,
+    fixed_sizes,
+    heads_and_length,
+    key_length,
+    mask_key,
+    parsed,
+)
 from regraft.codegen.cpu.context import Context
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.native.mask import mask_bits
-from regraft.ir.mask import MOST_SPANS, And, Everything, Keys, Predicate, has_spans, most_spans, parse, spans, to_dense
+from regraft.ir.mask import (
+    MOST_SPANS,
+    And,
+    Everything,
+    Keys,
+    Predicate,
+    has_spans,
+    most_spans,
+    parse,
+    spans,
+    to_broadcast,
+)
 from regraft.ir.mask.predicate import tensors_of
 from regraft.ir.nodes import concrete, dtype, shape, size_equal
 
@@ -124,18 +143,19 @@ class MaskNodes:
 
 def mask_nodes(context: Context, given: dict[str, Any], parts: Parts) -> MaskNodes:
     """The mask of a site; sites with equal masks share its tensors."""
-    query, keys = widened(context, given["query"]), key_length(context, given)
+    keys = key_length(context, given)
+    sizes = *heads_and_length(context, given), keys
     tensors = [context.value(tensor) for tensor in given["mask_tensors"]]
-    added = _added_node(context, given, parts, query, keys, tensors)
+    added = _added_node(context, given, parts, keys, tensors)
     if not isinstance(parts.runs, Everything):
         texts = str(conjunction([parts.spans, parts.known])), str(parts.runs)
         both = context.shared(
             ("spans or bits", texts, mask_key(given)),
-            lambda: context.call(spans_or_bits, *texts, tensors, query, keys),
+            lambda: context.call(spans_or_bits, *texts, tensors, *sizes),
         )
         return MaskNodes(added, _item(context, both, 0), _item(context, both, 1))
-    seen = _span_node(context, given, parts, query, keys, tensors)
-    return MaskNodes(added, seen, None if _fills(given) else _bits_node(context, given, parts, query, keys, tensors))
+    seen = _span_node(context, given, parts, sizes, tensors)
+    return MaskNodes(added, seen, None if _fills(given) else _bits_node(context, given, parts, sizes, tensors))
 
 
 def widened(context: Context, node: fx.Node) -> fx.Node:
@@ -160,13 +180,13 @@ def _fills(given: dict[str, Any]) -> bool:
 
 
 def _added_node(
-    context: Context, given: dict[str, Any], parts: Parts, query: fx.Node, keys: fx.Node | int, tensors: list[fx.Node]
+    context: Context, given: dict[str, Any], parts: Parts, keys: fx.Node | int, tensors: list[fx.Node]
 ) -> fx.Node | None:
     """The bias and what hides keys from all rows alike."""
     hidden = parts.rest if _fills(given) else parts.keys
     text = str(hidden)
     if given["bias"] is not None:
-        bias = widened(context, given["bias"])
+        query, bias = widened(context, given["query"]), widened(context, given["bias"])
         if isinstance(hidden, Everything):
             return bias  # the kernel spreads it
         fill = given["mask_fill"] if _fills(given) else -math.inf
@@ -178,7 +198,7 @@ def _added_node(
     if isinstance(hidden, Everything):
         return None
     found: fx.Node = context.shared(
-        ("native keys", text, mask_key(given)), lambda: context.call(padding_mask, text, tensors, query, keys)
+        ("native keys", text, mask_key(given)), lambda: context.call(padding_mask, text, tensors, keys)
     )
     return found
 
@@ -188,14 +208,14 @@ def score_mask(text: str, tensors: list[Tensor], bias: Tensor, query: Tensor, ke
     return additive_mask(text, tensors, bias, None, query, keys, fill)
 
 
-def padding_mask(text: str, tensors: list[Tensor], query: Tensor, keys: int) -> Tensor | None:
-    """``[batch, 1, 1, keys]``: minus infinity at padded keys; None in a batch without any."""
-    seen = to_dense(parsed(text), tensors, query.shape[0], 1, 1, keys)
+def padding_mask(text: str, tensors: list[Tensor], keys: int) -> Tensor | None:
+    """``[batch or 1, 1, 1, keys]``: minus infinity at padded keys; None in a batch without any."""
+    seen = to_broadcast(parsed(text), tensors, 1, 1, keys)
     return None if bool(seen.all()) else torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
 
 
 def _span_node(
-    context: Context, given: dict[str, Any], parts: Parts, query: fx.Node, keys: fx.Node | int, tensors: list[fx.Node]
+    context: Context, given: dict[str, Any], parts: Parts, sizes: tuple[fx.Node | int, ...], tensors: list[fx.Node]
 ) -> fx.Node | None:
     """Made now where nothing is unknown, else in each call."""
     if isinstance(parts.spans, Everything) and isinstance(parts.known, Everything):
@@ -205,14 +225,9 @@ def _span_node(
         return context.bind(table, "spans")
     text = str(parts.spans)
     node: fx.Node = context.shared(
-        ("span call", text, mask_key(given)), lambda: context.call(spans_of, text, tensors, query, keys)
+        ("span call", text, mask_key(given)), lambda: context.call(span_table, text, tensors, *sizes)
     )
     return node
-
-
-def spans_of(text: str, tensors: list[Tensor], query: Tensor, keys: int) -> Tensor:
-    """The spans of a call."""
-    return span_table(text, tensors, query.shape[1], query.shape[2], keys)
 
 
 def span_table(text: str, tensors: list[Tensor], heads: int, length: int, keys: int) -> Tensor:
@@ -223,42 +238,41 @@ def span_table(text: str, tensors: list[Tensor], heads: int, length: int, keys: 
 
 
 def _bits_node(
-    context: Context, given: dict[str, Any], parts: Parts, query: fx.Node, keys: fx.Node | int, tensors: list[fx.Node]
+    context: Context, given: dict[str, Any], parts: Parts, sizes: tuple[fx.Node | int, ...], tensors: list[fx.Node]
 ) -> fx.Node | None:
     """Made now where constants alone decide them, else in each call."""
     if isinstance(parts.rest, Everything):
         return None
-    text, nodes, sizes = str(parts.rest), given["mask_tensors"], fixed_sizes(given)
-    if sizes is not None and all(_is_constant(context, nodes[number]) for number in tensors_of(parts.rest)):
-        fixed = sizes
+    text, nodes, fixed = str(parts.rest), given["mask_tensors"], fixed_sizes(given)
+    if fixed is not None and all(_is_constant(context, nodes[number]) for number in tensors_of(parts.rest)):
+        held = fixed
 
         def make() -> Tensor:
-            return mask_bits(NATIVE.library(), parts.rest, _constants(context, nodes), *fixed)
+            return mask_bits(NATIVE.library(), parts.rest, _constants(context, nodes), *held)
 
-        return context.bind(context.shared(("known bits", text, tuple(nodes), sizes), make), "bits")
+        return context.bind(context.shared(("known bits", text, tuple(nodes), fixed), make), "bits")
     node: fx.Node = context.shared(
-        ("bits call", text, mask_key(given)), lambda: context.call(bits_of, text, tensors, query, keys)
+        ("bits call", text, mask_key(given)), lambda: context.call(bits_of, text, tensors, *sizes)
     )
     return node
 
 
-def bits_of(text: str, tensors: list[Tensor], query: Tensor, keys: int) -> Tensor:
+def bits_of(text: str, tensors: list[Tensor], heads: int, length: int, keys: int) -> Tensor:
     """The bits of a call."""
-    return mask_bits(NATIVE.library(), parsed(text), tensors, query.shape[1], query.shape[2], keys)
+    return mask_bits(NATIVE.library(), parsed(text), tensors, heads, length, keys)
 
 
 def spans_or_bits(
-    seen: str, runs: str, tensors: list[Tensor], query: Tensor, keys: int
+    seen: str, runs: str, tensors: list[Tensor], heads: int, length: int, keys: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """The spans of a call where its tensors make ``runs`` a few; else those of ``seen``, and bits for ``runs``."""
-    heads, length = query.shape[1], query.shape[2]
     both = conjunction([parsed(seen), parsed(runs)])
     found = spans(both, heads, length, keys, tensors, dense=True, limit=_WORTH_MEETING)
     if found is not None:
         return found, None
     _say_bits(runs)
     table = None if seen == "all" else spans(parsed(seen), heads, length, keys, tensors, dense=True)
-    return table, bits_of(runs, tensors, query, keys)
+    return table, bits_of(runs, tensors, heads, length, keys)
 
 
 @functools.lru_cache(maxsize=256)

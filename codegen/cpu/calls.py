@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from regraft.codegen.cpu.masks_first import masks_first
+from regraft.codegen.cpu.native_operators import DESCRIPTIONS
 from regraft.codegen.cpu.segments import Segment, group
 
 aten = torch.ops.aten
@@ -62,6 +64,7 @@ def function_of(module: fx.GraphModule) -> Callable[..., Any]:
         bound[place] = segment
         return place
 
+    masks_first(graph, DESCRIPTIONS)
     group(graph, dict(bound), bind)
     for node in list(graph.nodes):
         node.target = BINDINGS.get(node.target, node.target)
