@@ -283,6 +283,17 @@ def slice_of_gathered_rows(node: fx.Node, build: Builder) -> fx.Node | None:
     return build.call(aten.gather.default, rows, given["dim"], build.call(aten.expand.default, numbers, sizes))
 
 
+@identity(aten.embedding.default)
+def embedding_of_repeated_rows(node: fx.Node, build: Builder) -> fx.Node | None:
+    """Rows that are looked up for each sample alike (positions, a type of token) are looked up once."""
+    given = arguments(node)
+    numbers = given["indices"]
+    if not is_call(numbers, (aten.expand.default,)):
+        return None
+    rows = build.call(aten.embedding.default, given["weight"], numbers.args[0], *node.args[2:], **node.kwargs)
+    return build.call(aten.expand.default, rows, [*numbers.args[1], shape(node)[-1]])
+
+
 def _cut(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
     """What a slice at numbers cuts, along which dim, from where to where."""
     if node.target is not aten.slice.Tensor or len(node.args) != 4 or not isinstance(node.args[0], fx.Node):
@@ -307,6 +318,7 @@ SIMPLIFICATIONS = (
     slice_of_slice,
     slice_of_concatenation,
     slice_of_gathered_rows,
+    embedding_of_repeated_rows,
 )
 
 __all__ = ["SIMPLIFICATIONS", "SPELLINGS", "is_tensor", "sizes_of"]

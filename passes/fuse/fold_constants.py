@@ -29,7 +29,7 @@ class FoldConstants(Pass):
 
     def run(self, program: Program, session: Session) -> int:
         constant = _constant_nodes(program)
-        wanted = [node for node in constant if self._worth_storing(node, constant)]
+        wanted = self._worth_storing(constant)
         if session.fuel.left is not None:
             wanted = wanted[: max(session.fuel.left, 0)]
         if not wanted:
@@ -39,11 +39,20 @@ class FoldConstants(Pass):
             self._replace(program, session, node, value)
         return len(wanted)
 
-    def _worth_storing(self, node: fx.Node, constant: dict[fx.Node, bool]) -> bool:
-        if not is_tensor(node) or all(user in constant for user in node.users):
+    def _worth_storing(self, constant: dict[fx.Node, bool]) -> list[fx.Node]:
+        """Constants that are read by what is no constant, or by one that is too large to be stored."""
+        stored, computed = list[fx.Node](), set[fx.Node]()
+        for node, of_parameters in reversed(constant.items()):
+            if all(user in constant and user not in computed for user in node.users):
+                continue
+            (stored.append if self._fits(node, of_parameters) else computed.add)(node)
+        return stored[::-1]
+
+    def _fits(self, node: fx.Node, of_parameters: bool) -> bool:
+        if not is_tensor(node):
             return False
         value = node.meta["val"]
-        limit = self.largest_parameter_bytes if constant[node] else self.largest_bytes
+        limit = self.largest_parameter_bytes if of_parameters else self.largest_bytes
         return bool(value.numel() * value.element_size() <= limit)
 
     def _replace(self, program: Program, session: Session, node: fx.Node, value: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.ir.graphs import numbers
 from tests.passes.canonicalize.support import canonical
@@ -128,4 +128,28 @@ COLUMNS: list[Case] = [
 def test_parts_are_read_where_they_were_before_they_were_joined(
     function: Callable[[Tensor], object], expected: str
 ) -> None:
+    assert canonical(function, X) == expected
+
+
+ROWS: list[Case] = [
+    (
+        "positions that are expanded to the batch",
+        lambda x: nn.functional.embedding(INDEX[:1].expand(2, 3), x[0]),
+        "slice.Tensor(w0, -2, 0, 1); select.int(x0, -3, 0); embedding(1, 0); expand(2, [2, 3, 4])",
+    ),
+    (
+        "positions without a batch",
+        lambda x: nn.functional.embedding(INDEX[0].expand(2, 3), x[0]),
+        "select.int(w0, -2, 0); select.int(x0, -3, 0); embedding(1, 0); expand(2, [2, 3, 4])",
+    ),
+    (
+        "rows of each sample",
+        lambda x: nn.functional.embedding(INDEX, x[0]),
+        "select.int(x0, -3, 0); embedding(0, w0)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "expected"), [pytest.param(f, text, id=name) for name, f, text in ROWS])
+def test_rows_that_all_samples_share_are_looked_up_once(function: Callable[[Tensor], object], expected: str) -> None:
     assert canonical(function, X) == expected

@@ -90,3 +90,11 @@ def test_buffer_that_the_model_changes_is_not_folded() -> None:
 def test_what_is_made_of_large_parameters_is_not_stored_again() -> None:
     session = folded(captured(Stateful(), (X,)), FoldConstants(largest_parameter_bytes=8))
     assert [a.source_nodes for a in session.log.applications] == [("exp",)]
+
+
+def test_the_operands_of_a_constant_that_is_too_large_are_stored() -> None:
+    program = captured(lambda x: x + (torch.arange(6.0) * 2).sin().expand(4, 6), (X,))
+    session = folded(program, FoldConstants(largest_bytes=24))
+    assert form(program) == "expand(w0, [4, 6]); add.Tensor(x0, 0)"
+    assert [a.source_nodes for a in session.log.applications] == [("sin",)]
+    assert torch.equal(run(program, (X,)), X + (torch.arange(6.0) * 2).sin())
