@@ -324,7 +324,8 @@ class CompiledModule(StandIn):
             self.install(made.beside)
         self._remember(key, made.entry)
         self._captured |= captured
-        self._watch_weights()
+        if self._parking is None:  # else the weights are about to go, and a look would bring them back into memory
+            self._watch_weights()
         return made.entry if outputs is None else Answer(made.entry, made.entry.presented(outputs))
 
     def _spend(self, spending: Spending, exact: Build, model: nn.Module, inputs: str) -> Build:
