@@ -24,6 +24,7 @@ from regraft.solvers.schedule.choice import Choice
 _LADDER = 14  # limits that the solvers are asked about
 _FINALISTS = 5
 _ALIKE = 0.03  # part by which times vary from one measurement to the next
+_NEAR = 0.1  # and by which what is predicted of them may be wrong
 _SEARCH, _TRIES = 0.3, 10  # the part of the time that so many tries are to take
 _FEWEST = 16  # samples of a try
 _ASKED = 3  # times that the solvers are asked, with tables corrected by what was run
@@ -77,7 +78,7 @@ class _Search:
     clock: Clock
     found: Found = field(default_factory=Found)
     known: dict[tuple[str, ...], Tried] = field(default_factory=dict)
-    even: set[tuple[str, ...]] = field(default_factory=set)
+    even: dict[tuple[str, ...], Composition] = field(default_factory=dict)
 
     def run(self, candidates: Sequence[Candidate], sites: TokenSites | None, declined: Sequence[str]) -> Found:
         found = self.found
@@ -87,16 +88,12 @@ class _Search:
         if space.is_empty:
             found.why = "; ".join(found.measured.notes) or "every rewrite alone loses more than the budget"
             return found
-        self._climb(self._uniform(space), space)
+        self.even = {name_of(composition): composition for composition in space.uniform()}
+        self._climb(list(self.even.values()), space)
         self._ask(space)
         self._improve(space)
         self._settle(space)
         return found
-
-    def _uniform(self, space: Space) -> list[Composition]:
-        ladder = list(space.uniform())
-        self.even = {name_of(composition) for composition in ladder}
-        return ladder
 
     def _ask(self, space: Space) -> None:
         """Run what the solvers find for ever larger limits, correct the tables by it, ask again while that helps."""
@@ -245,11 +242,24 @@ class _Search:
                 composition = space.composition(choice)
                 if composition:
                     self._try(composition, space)
+        self._try_milder(fitting(), space)
         ordered = sorted(fitting(), key=lambda tried: tried.predicted_seconds)
-        spent = sorted(ordered[_FINALISTS - 1 :], key=lambda tried: -tried.predicted_loss)[:1]
-        made = [*ordered[: _FINALISTS - 1], *spent]  # predicted times may be wrong: what gives up most may be fast, too
-        even = [tried for tried in ordered if name_of(tried.composition) in self.even and tried not in made]
-        return [*made, *even[:1]]  # a schedule that is not faster than a uniform one is not worth its name
+        made, rest = ordered[: _FINALISTS - 1], ordered[_FINALISTS - 1 :]
+        # Predicted times may be wrong: what gives up most may be fast, and what loses least of the near ones as fast.
+        made += sorted(rest, key=lambda tried: -tried.predicted_loss)[:1]
+        near = [tried for tried in rest if tried.predicted_seconds <= (1 + _NEAR) * ordered[0].predicted_seconds]
+        made += sorted(near, key=_typical)[:1]
+        # A schedule that is not faster than a uniform one is not worth its name.
+        made += [tried for tried in ordered if name_of(tried.composition) in self.even][:2]
+        return list({id(tried): tried for tried in made}.values())
+
+    def _try_milder(self, held: Sequence[Tried], space: Space) -> None:
+        """Try the uniform composition that removes less than the strongest that holds: it may be as fast."""
+        names = {name_of(tried.composition) for tried in held}
+        ladder = list(self.even)
+        strongest = max((place for place, name in enumerate(ladder) if name in names), default=0)
+        if strongest:
+            self._try(self.even[ladder[strongest - 1]], space)
 
     def _timed(self, finalists: Sequence[Tried]) -> Iterator[Tried]:
         """Finalists with their measured time, the fastest first; among those that are as fast as it but for what times
@@ -262,7 +272,7 @@ class _Search:
         while left:
             fastest = min(tried.seconds or math.inf for tried in left)
             alike = [tried for tried in left if (tried.seconds or math.inf) <= fastest * (1 + _ALIKE)]
-            best = min(alike, key=lambda tried: tried.loss.typical if tried.loss is not None else math.inf)
+            best = min(alike, key=_typical)
             left.remove(best)
             yield best
 
@@ -282,3 +292,7 @@ class _Search:
         if any(tried.held_out is not None for tried in self.found.tried):
             return f"nothing that keeps {limit} on the calibration data keeps it on those held out; give more of them"
         return f"nothing that keeps {limit} takes less than {WORTH_IT:.0%} of the exact model's time"
+
+
+def _typical(tried: Tried) -> float:
+    return tried.loss.typical if tried.loss is not None else math.inf

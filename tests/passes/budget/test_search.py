@@ -115,6 +115,28 @@ def test_it_beats_every_uniform_schedule_that_holds() -> None:
     assert found.chosen is not None and model.seconds(found.chosen.composition) < min(held)
 
 
+@dataclass
+class Noting(Arithmetic):
+    """Notes what is timed thoroughly."""
+
+    timed: list[Composition] = field(default_factory=list)
+
+    def ratio(self, composition: Composition, thorough: bool = False) -> float:
+        if thorough:
+            self.timed.append(composition)
+        return super().ratio(composition)
+
+
+@pytest.mark.parametrize("limit", [2e-3, 4e-3, 8e-3, 16e-3])
+def test_a_uniform_schedule_and_the_next_milder_one_are_timed(limit: float) -> None:
+    model = Noting()
+    sites = TokenSites(32, 0, {"tome": (True,) * 4}, tuple(range(8)), "model.py:1 in forward")
+    uniform = [(sites.candidate("tome", sites.uniform("tome", number)),) for number in range(1, 8)]
+    search(model, Budget("kl", limit), [], sites)
+    strongest = max(place for place, composition in enumerate(uniform) if model.loss(composition) * 1.07 <= limit)
+    assert strongest > 0 and uniform[strongest] in model.timed and uniform[strongest - 1] in model.timed
+
+
 def test_the_method_that_loses_least_is_taken() -> None:
     model = Arithmetic(methods={"tome": 3.0, "pitome": 1.0})
     found = search(model, Budget("kl", 5e-3), [], SITES)
