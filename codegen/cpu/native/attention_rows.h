@@ -34,7 +34,7 @@ INLINE vec mapped(vec x, int32_t weights) {
         }
         case SIGMOID: {
             vec power = x * splat(-LOG2_E);
-            return one / (power > splat(127.0f) ? splat(INFINITY) : one + exp2_of(smaller(power, splat(127.0f))));
+            return one / (power > splat(127.0f) ? splat(INFINITY) : one + exp2_of(smaller(splat(127.0f), power)));  // in this order NaN stays NaN
         }
         case RELU: return x < nothing ? nothing : x;
         case ELU1: return x > nothing ? x + one : exp2_of(x * splat(LOG2_E));

@@ -132,3 +132,12 @@ def test_scores_too_large_for_an_exponential(weight: str) -> None:
     assert torch.equal(out.isinf(), wanted.isinf())
     finite = out.isfinite()
     assert relative_l2(out[finite].double(), wanted[finite].double()) <= 1e-5
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_query_that_is_no_number_spoils_its_row_and_no_other(weight: str) -> None:
+    query, key, value = (operand.clone() for operand in OPERANDS)
+    query[0, 1, 5] = math.nan
+    out = compiled((query, key, value), [], weight=weight)
+    assert out[0, 1, 5].isnan().all()
+    assert out.isnan().sum() == SIZE
