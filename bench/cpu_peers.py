@@ -39,7 +39,11 @@ MEMORY = ("freed_peak_over_weights", "peak_over_weights", "loaded_peak_over_weig
 
 
 def measure_row(row: str, peers: list[str], rounds: int, threads: int, cold: bool) -> dict[str, Any]:
-    """Build every peer on one row, time them in turn, and return the row's record."""
+    """Build every peer on one row, time them in turn, and return the row's record.
+
+    Cold compiles come first: pages of a checkpoint that this process had mapped, too, would stay in memory there.
+    """
+    alone = {name: compiles_alone(row, name, threads) for name in peers} if cold else {}
     case = ROWS[row]()
     built: dict[str, Built] = {name: build(name, case) for name in peers}
     calls = {name: result.call for name, result in built.items() if result.call is not None}
@@ -51,14 +55,20 @@ def measure_row(row: str, peers: list[str], rounds: int, threads: int, cold: boo
             entry = {"milliseconds": round(times[name].median, 3), "drift": built[name].drift}
         else:
             entry = {"reason": built[name].reason}
-        if cold and name in COLD and name in times:
-            entry["cold"] = cold_build(row, name, threads)
-        if cold and name in LOADED and name in times:
-            entry["loaded"] = cold_build(row, name, threads, "--loaded")
-        if cold and name == "regraft":
-            entry["freed"] = cold_build(row, FREED, threads)
-        record["peers"][name] = entry
+        record["peers"][name] = entry | (alone.get(name, {}) if name in times else {})
     return record | summarize(record["peers"])
+
+
+def compiles_alone(row: str, peer: str, threads: int) -> dict[str, Any]:
+    """Seconds and memory of a peer's compile in processes of its own, by how it is made."""
+    made = {}
+    if peer in COLD:
+        made["cold"] = cold_build(row, peer, threads)
+    if peer in LOADED:
+        made["loaded"] = cold_build(row, peer, threads, "--loaded")
+    if peer == "regraft":
+        made["freed"] = cold_build(row, FREED, threads)
+    return made
 
 
 def summarize(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
