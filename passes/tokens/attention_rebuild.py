@@ -15,13 +15,17 @@ from regraft.passes.tokens.masks import Reader, Side
 
 if TYPE_CHECKING:
     from regraft.passes.tokens.rebuild import Rebuild
+    from regraft.passes.tokens.stages import Stages
 
 aten = torch.ops.aten
 _TARGETS: tuple[str, ...] = ("query", "key", "value")
 
 
-def rebuild_attention(rebuild: Rebuild, build: Builder, old: fx.Node, stage: int) -> fx.Node:
-    """The attention node ``old`` at ``stage``. Raises ``Refused``."""
+def rebuild_attention(
+    rebuild: Rebuild, build: Builder, old: fx.Node, stage: int, reading: Stages | None = None
+) -> fx.Node:
+    """The attention node ``old`` at ``stage``; ``reading``: other stages by which mask and bias are read. Raises
+    ``Refused``."""
     given = arguments(old)
     layouts = {name: rebuild.walk.of(given[name]) for name in _TARGETS}
     operands = [
@@ -31,7 +35,7 @@ def rebuild_attention(rebuild: Rebuild, build: Builder, old: fx.Node, stage: int
     rows, columns = (_side(given[name], layouts[name], stage) for name in ("query", "key"))
     held = layouts["query"] or layouts["key"]
     assert held is not None
-    reader = Reader(build, rebuild.stages, given["mask_tensors"], held, rows, columns)
+    reader = Reader(build, reading or rebuild.stages, given["mask_tensors"], held, rows, columns)
     predicate = reader.read(parse(given["mask"]))
     bias, slopes = given["bias"], given["slopes"]
     if bias is not None:

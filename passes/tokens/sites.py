@@ -16,11 +16,12 @@ from regraft.passes.refused import Refused
 
 aten = torch.ops.aten
 
-_NORMS = (aten.layer_norm.default, ops.rms_norm, aten.rms_norm.default)
+#: Norms over features.
+NORMS = (aten.layer_norm.default, ops.rms_norm, aten.rms_norm.default)
 _PRODUCTS = (aten.linear.default, ops.linear, aten.matmul.default)
 #: What may lie between an attention and the sum that it joins: it treats every token alike.
 _BETWEEN = (
-    *_NORMS,
+    *NORMS,
     aten.batch_norm.default,
     *_PRODUCTS,
     aten.reshape.default,
@@ -74,7 +75,7 @@ def find_site(attention: fx.Node) -> Site:
     while (user := _sole_reader(join)) is not None and is_call(user, _JOINS) and _alike(user, join):
         join = user
     user = _sole_reader(join)
-    anchor = user if user is not None and is_call(user, _NORMS) else join
+    anchor = user if user is not None and is_call(user, NORMS) else join
     if rank(anchor) != 3:
         raise Refused(f"the residual stream has {rank(anchor)} dims, not batch, tokens and width", anchor)
     return Site(attention, anchor)
