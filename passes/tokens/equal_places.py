@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from regraft.ir import ops
 from regraft.ir.nodes import FILLED_LIKE, arguments, is_tensor, rank, shape, size_equal
 from regraft.ir.pointwise import is_pointwise
-from regraft.ir.probe import Pool, Probe
+from regraft.ir.probe import Pool, Probe, ProbeError
 from regraft.ir.program import Program
 
 aten = torch.ops.aten
@@ -77,11 +77,21 @@ class EqualPlaces:
         size = shape(node)[dim]
         if not isinstance(size, int) or size < 2:
             return None
-        if self._is_fixed(node) and 0 < _bytes(node) <= _LARGEST_BYTES:
-            (value,) = Probe(self.program, (), Pool(), self.program.example).evaluate([node])
+        value = self._constant(node)
+        if value is not None:
             return first_places(_contents(value, dim))
         rule = _RULES.get(node.target) or (_pointwise if is_pointwise(node) else None)
         return rule(self, node, dim) if rule is not None else None
+
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """What a node holds in every call; None where that is not known, or too large to be looked through."""
+        if not self._is_fixed(node) or not 0 < _bytes(node) <= _LARGEST_BYTES:
+            return None
+        try:
+            value: Tensor = Probe(self.program, (), Pool(), self.program.example).evaluate([node])[0]
+        except ProbeError:
+            return None
+        return value
 
     def _is_fixed(self, node: fx.Node) -> bool:
         """Whether a tensor is made of weights alone, in a shape that no input decides, and is the same in each call."""

@@ -85,6 +85,13 @@ def test_an_embedding_of_equal_indices() -> None:
     assert labels(lambda self, x: F.embedding(F.pad((x[..., 0] > 0).long(), (0, 2)), self.table)) == (0, 1, 2, 3, 3)
 
 
+def test_a_constant_that_is_too_long_to_compute_is_understood_by_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regraft.ir.probe._CONE_LIMIT", 1)
+    assert labels(lambda self, x: x[:, :1] * self.token.expand(1, 3, -1)) == (0, 0, 0)
+    assert labels(lambda self, x: x[:, :1] * (self.table + 1)) == (0, 1, 0)
+    assert labels(lambda self, x: x[:, :1] * self.table.roll(0, 0)) is None
+
+
 _MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "tile": lambda x: x.repeat(1, 2, 1),
     "copy": lambda x: x.repeat_interleave(2, 1),
