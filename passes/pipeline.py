@@ -27,6 +27,7 @@ from regraft.passes.recognize.gelu import RecognizeGelu, RecognizeGeluTanh
 from regraft.passes.recognize.glu import RecognizeGlu, RecognizeTorchGlu
 from regraft.passes.recognize.layer_norm import RecognizeLayerNorm
 from regraft.passes.recognize.layer_norm_channels import RecognizeChannelNorm
+from regraft.passes.recognize.left import ReportLeftSites
 from regraft.passes.recognize.linear_scan import RecognizeLinearScan
 from regraft.passes.recognize.moe import RecognizeMoe
 from regraft.passes.recognize.moe_axis import RecognizeMoeAxis
@@ -131,6 +132,7 @@ def recognising(experts: Pass | None = None) -> Pipeline:
             RecognizeBlocks(),
             DropCountChecks(),
             ReportLeftExperts(),
+            ReportLeftSites(),
             CountSites(),
             *((experts,) if experts is not None else ()),
             MergeCommonSubexpressions(),
