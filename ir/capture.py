@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from regraft.ir.capture_dynamic import call_signature, check_symbols, dynamic_shapes, spelled_keywords
-from regraft.ir.capture_error import CaptureError, first_line, why_not_traced
+from regraft.ir.capture_error import CaptureError, first_line, unknown_output, why_not_traced
 from regraft.ir.capture_hints import as_if_not_compiled, masks_as_given
 from regraft.ir.capture_imports import export_trace
 from regraft.ir.capture_negated import write_out_negated
@@ -236,6 +236,11 @@ def _why_refused(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     advice = "make its forward traceable, or use torch.compile(model, backend='regraft'), which allows graph breaks"
     if getattr(getattr(model, "config", None), "use_cache", False) and kwargs.get("use_cache") is not False:
         advice = "pass use_cache=False, so that it returns no cache object"
+    elif (unknown := unknown_output(error)) is not None:
+        advice = (
+            f"return a tuple or a dict, or register the class once: torch.export.register_dataclass({unknown}) for a "
+            "dataclass, torch.utils._pytree.register_pytree_node for any other"
+        )
     return f"torch.export refuses {name} ({why_not_traced(error)}); {advice}"
 
 

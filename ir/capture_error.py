@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -11,6 +12,7 @@ from regraft.ir.errors import RegraftError
 from regraft.ir.nodes import INTERNAL
 
 _VALUES_ASKED = (GuardOnDataDependentSymNode, DataDependentOutputException)
+_UNKNOWN_OUTPUT = re.compile(r"Found <class '([^']+)'> in output, which is not a known type")
 
 
 class CaptureError(RegraftError, ValueError):
@@ -30,3 +32,9 @@ def why_not_traced(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if not frame.filename.startswith(INTERNAL)]
     return f"{said}, at {outside[-1].filename}:{outside[-1].lineno} in {outside[-1].name}" if outside else said
+
+
+def unknown_output(error: BaseException) -> str | None:
+    """The name of the class among the outputs whose parts torch does not know, where an export failed of that."""
+    found = _UNKNOWN_OUTPUT.search(str(error))
+    return None if found is None else found[1].rpartition(".")[2]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ class Drops(nn.Module):
         return nn.functional.dropout(x, training=True)
 
 
+@dataclass
+class Result:
+    values: Tensor
+
+
+class Wrapped(nn.Module):
+    def forward(self, x: Tensor) -> Result:
+        return Result(x + 1)
+
+
 class Masked(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x if mask is None else x * mask
@@ -89,6 +100,7 @@ def said(action: Callable[[], Any], kind: type[RegraftError]) -> str:
     ("model", "example", "parts"),
     [
         (Branches(), torch.ones(2), ("torch.export refuses Branches", "make its forward traceable")),
+        (Wrapped(), torch.ones(2), ("refuses Wrapped", "Result", "register_dataclass(Result)", "a tuple or a dict")),
         (Drops(), torch.ones(2), ("dropout", "training mode", "model.eval()")),
         (half_trained(), X, ("dropout", "training mode", "model.eval()")),
         (linear(), torch.ones(2, 5), ("Linear itself fails", "2x5 and 4x3", "give inputs that it accepts")),
