@@ -1,0 +1,105 @@
+"""What PyTorch computes pixel by pixel on an image is computed by lines on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regraft.codegen.cpu.lower import lower
+from tests.support import captured
+
+Function = Callable[[Tensor], Tensor]
+
+
+def draw(*sizes: int) -> Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+
+
+def lowered(function: Function, x: Tensor, dynamic: object = None) -> tuple[Function, str]:
+    """The executable of a function, and the code that it runs."""
+    executable = lower(captured(function, (x,), dynamic))
+    return lambda x: executable(x)[0], str(executable.module.graph)
+
+
+def means(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Means of cells by their formula, in fp64."""
+    *leading, height, width = x.shape
+    cells = x.double().reshape(*leading, height // rows, rows, width // columns, columns)
+    return cells.sum((-3, -1)) / (rows * columns)
+
+
+@pytest.mark.parametrize(
+    ("function", "rows", "columns"),
+    [
+        (lambda x: F.adaptive_avg_pool2d(x, (8, 4)), 5, 10),
+        (lambda x: F.adaptive_avg_pool2d(x, (20, None)), 2, 1),
+        (lambda x: F.avg_pool2d(x, 4), 4, 4),
+        (lambda x: F.avg_pool2d(x, (2, 5), (2, 5), ceil_mode=True, count_include_pad=False), 2, 5),
+    ],
+)
+@pytest.mark.parametrize("leading", [(3, 8), (24,)])
+def test_a_mean_over_cells_that_tile_the_image(
+    function: Function, rows: int, columns: int, leading: tuple[int]
+) -> None:
+    x = draw(*leading, 40, 40)
+    run, code = lowered(function, x)
+    assert "mean_of_cells" in code
+    torch.testing.assert_close(run(x).double(), means(x, rows, columns), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.adaptive_avg_pool2d(x, 7),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: F.adaptive_avg_pool2d(x, 80),
+        lambda x: F.avg_pool2d(x, 3),
+        lambda x: F.avg_pool2d(x, 4, 2),
+        lambda x: F.avg_pool2d(x, 4, padding=1),
+        lambda x: F.avg_pool2d(x, 4, divisor_override=3),
+        lambda x: F.adaptive_avg_pool2d(x[..., :8], (5, 2)),
+        lambda x: F.adaptive_avg_pool2d(x.double(), 8),
+        lambda x: F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (4, 8)),
+        lambda x: F.adaptive_avg_pool2d(x[:1], 8),
+    ],
+    ids=[
+        "pixels are in two cells",
+        "all pixels",
+        "more cells than pixels",
+        "pixels are left over",
+        "windows overlap",
+        "padding",
+        "another divisor",
+        "many short lines",
+        "fp64",
+        "channels are dense",
+        "few pixels",
+    ],
+)
+def test_other_means_stay_pytorchs(function: Function) -> None:
+    x = draw(4, 8, 40, 40)
+    run, code = lowered(function, x)
+    assert "mean_of_cells" not in code
+    assert torch.equal(run(x), function(x))
+
+
+def test_means_of_cells_of_any_batch_and_layout() -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    run, code = lowered(lambda x: F.adaptive_avg_pool2d(x, 8), draw(4, 8, 40, 40), dynamic=(({0: batch},),))
+    assert "mean_of_cells" in code
+    turned = draw(5, 40, 40, 8).permute(0, 3, 1, 2)
+    for x in (draw(1, 8, 40, 40), draw(7, 8, 40, 40), turned):
+        torch.testing.assert_close(run(x).double(), means(x, 5, 5), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_pixel_that_is_no_number_makes_its_cell_none(rows: int) -> None:
+    x = draw(4, 8, 40, 40)
+    x[1, 2, 3, 4], x[2, 3, 39, 39], x[2, 3, 38, 39] = torch.nan, torch.inf, -torch.inf
+    run, _ = lowered(lambda x: F.avg_pool2d(x, rows), x)
+    assert torch.equal(run(x).isnan(), F.avg_pool2d(x, rows).isnan())
+    assert run(x).isnan().sum() == 2
