@@ -1,22 +1,27 @@
-"""Lowering of operators on images ``[..., height, width]`` that PyTorch runs element by element: means of cells."""
+"""Lowering of operators on images ``[..., channels, height, width]`` that PyTorch runs pixel by pixel: means of cells,
+and windows cut out side by side."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from regraft.codegen.cpu.context import Context, Lowered
-from regraft.ir.nodes import arguments, concrete, dtype, shape, tensor_value
+from regraft.codegen.cpu.native.kernels import FUSED
+from regraft.codegen.cpu.native_operators import reshaped_native
+from regraft.ir.nodes import arguments, concrete, dtype, rank, shape, tensor_value
 
 aten = torch.ops.aten
 
 _WORTH_IT = 1 << 15  # elements; fewer cost less than the calls
 _FEW_ROWS = 4  # of a cell, that are added one by one
 _WIDE = 32  # lines of an image that a sum over more rows takes less time for than PyTorch's mean
+_SHORT = 8  # windows along a line of an image; fewer, with gaps between them, PyTorch copies as fast
 
 
 def lower_pool(context: Context, node: fx.Node) -> Lowered | None:
@@ -49,9 +54,9 @@ def _tiling_cell(node: fx.Node) -> tuple[int, int] | None:
 
 def _is_of_cells(given: dict[str, Any], cell: tuple[int, int]) -> bool:
     """Whether an average over windows takes each cell once."""
-    sizes = [list(given[name]) for name in ("kernel_size", "stride", "padding")]
-    kernel, stride, padding = (size * 2 if len(size) == 1 else size for size in sizes)
-    return kernel == list(cell) == (stride or kernel) and not any(padding) and given["divisor_override"] is None
+    kernel = _pair(given["kernel_size"])
+    stride = _pair(given["stride"] or kernel)
+    return kernel == cell == stride and not any(given["padding"]) and given["divisor_override"] is None
 
 
 def mean_of_cells(x: Tensor, weight: Tensor, rows: int) -> Tensor:
@@ -62,3 +67,40 @@ def mean_of_cells(x: Tensor, weight: Tensor, rows: int) -> Tensor:
     total = functools.reduce(torch.add, lines.unbind(-2)) if rows <= _FEW_ROWS else lines.sum(-2)
     columns = weight.shape[0]
     return total.reshape(-1, columns).mv(weight).reshape(*leading, height // rows, width // columns)
+
+
+def lower_unfold(context: Context, node: fx.Node) -> Lowered | None:
+    """Windows of an image in fp32 as one copy of a view, which products read without the copy; None for windows with
+    holes, few of them, and images of symbolic height or width."""
+    given = arguments(node)
+    x = given["self"]
+    elements = math.prod(concrete(size) for size in shape(node))
+    if _pair(given["dilation"]) != (1, 1) or dtype(x) != torch.float32 or elements < _WORTH_IT:
+        return None
+    if not all(isinstance(size, int) for size in shape(x)[-3:]) or not context.can_unflatten(node) or FUSED.missing():
+        return None
+    steps = [*_windows(given, rank(x))]
+    with context.program.fake_mode:
+        value = functools.reduce(lambda held, step: step[0](held, *step[1:]), steps, tensor_value(x))
+    if _pair(given["stride"])[1] > 1 and value.shape[-1] < _SHORT:
+        return None
+    view = functools.reduce(lambda held, step: context.call(step[0], held, *step[1:]), steps, context.value(x))
+    view.meta["val"] = value
+    return Lowered(full=context.call(reshaped_native, view, context.sizes(node)))
+
+
+def _windows(given: dict[str, Any], rank: int) -> Iterator[tuple[Any, ...]]:
+    """The calls, one on the result of the other, that view an image as ``[..., channels, kernel height, kernel width,
+    windows down, windows across]``; what follows the first operand."""
+    padding = _pair(given["padding"])
+    if any(padding):
+        yield aten.constant_pad_nd.default, [padding[1], padding[1], padding[0], padding[0]]
+    for kernel, stride in zip(_pair(given["kernel_size"]), _pair(given["stride"]), strict=True):
+        yield aten.unfold.default, -2, kernel, stride
+    leading = range(rank - 2)
+    yield aten.permute.default, [*leading, rank, rank + 1, rank - 2, rank - 1]
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    """A number for each of height and width, where one may stand for both."""
+    return sizes[0], sizes[-1]

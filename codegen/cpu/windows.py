@@ -7,6 +7,7 @@ native product takes rows, depth and columns of two dims each.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,13 +34,6 @@ class _Apart:
     groups: tuple[Sizes, Sizes, Sizes]
     copied: bool
 
-    def turned(self) -> _Apart:
-        """The same with rows and columns exchanged."""
-        batch, rows, columns = self.groups
-        first, second = len(batch), len(batch) + len(rows)
-        order = (*self.order[:first], *self.order[second:], *self.order[first:second])
-        return _Apart(self.node, order, (batch, columns, rows), self.copied)
-
     def renumbered(self) -> _Apart:
         """The same for who counts the dims of columns before those of rows."""
         batch, rows, columns = self.groups
@@ -56,12 +50,16 @@ def multiply_in_place(graph: fx.Graph) -> None:
 
 
 def _take_copies(graph: fx.Graph, node: fx.Node) -> None:
-    left, right = (_operand(operand) for operand in node.args[:2])
-    if left is None or right is None:
-        return
+    """Replace a product by one that reads in front of as many copies as it has dims for."""
+    choices = itertools.product(*(_operands(operand) for operand in node.args[:2]))
+    any(_is_replaced(graph, node, left, right) for left, right in choices)
+
+
+def _is_replaced(graph: fx.Graph, node: fx.Node, left: _Apart, right: _Apart) -> bool:
+    """Whether a product with these operands was put in the place of ``node``."""
     result = _result(node)
     if result is None and not left.copied and not right.copied:
-        return
+        return False
     out, last = result or (None, node)
     sides = [
         (left.groups[0], right.groups[0]),
@@ -74,7 +72,7 @@ def _take_copies(graph: fx.Graph, node: fx.Node) -> None:
             sides[place] = (*sides[place], out.groups[side])
     found = [_finest(sizes) for sizes in sides]
     if any(dims is None or len(dims) > most for dims, most in zip(found, (BATCH, PAIR, PAIR, PAIR), strict=True)):
-        return
+        return False
     batch, rows, depth, columns = (dims for dims in found if dims is not None)
     with graph.inserting_before(last):
         operands = [
@@ -85,27 +83,48 @@ def _take_copies(graph: fx.Graph, node: fx.Node) -> None:
         made = graph.call_function(windows_native, (*operands, order, list(_sizes(last) or ())))
     made.meta = dict(last.meta)
     last.replace_all_uses_with(made, propagate_meta=False)
+    return True
 
 
-def _operand(node: object) -> _Apart | None:
-    """What a product reads, in front of a copy where there is one."""
-    if not isinstance(node, fx.Node):
+def _operands(node: object) -> Iterator[_Apart]:
+    """What a product may read for an operand: what lies in front of a copy, where there is one, else the operand."""
+    sizes = _sizes(node) if isinstance(node, fx.Node) else None
+    if not isinstance(node, fx.Node) or sizes is None or len(sizes) < 2:
+        return
+    behind = [node]
+    while behind[-1].target in (aten.permute.default, aten.reshape.default):
+        source = behind[-1].args[0]
+        assert isinstance(source, fx.Node)
+        behind.append(source)
+    in_front = _in_front(behind) if behind[-1].target is reshaped_native else None
+    if in_front is not None:
+        yield in_front
+    yield _Apart(node, tuple(range(len(sizes))), (sizes[:-2], sizes[-2:-1], sizes[-1:]), False)
+
+
+def _in_front(behind: Sequence[fx.Node]) -> _Apart | None:
+    """The first of ``behind``, a matrix, read in front of the last, a copy: what the copy reads, its dims ordered and
+    joined as the copy and the views behind it do. None where one of these splits a dim."""
+    source = behind[-1].args[0]
+    sizes = _sizes(source) if isinstance(source, fx.Node) else None
+    if not isinstance(source, fx.Node) or sizes is None:
         return None
-    sizes = _sizes(node)
-    if sizes is None or len(sizes) < 2:
-        return None
-    if node.target is aten.permute.default:
-        source = node.args[0]
-        if _swaps_last(node) and isinstance(source, fx.Node) and source.target is reshaped_native:
-            inner = _operand(source)
-            return None if inner is None else inner.turned()
-    source, copied = (node.args[0], True) if node.target is reshaped_native else (node, False)
-    assert isinstance(source, fx.Node)
-    dims = _sizes(source)
-    groups = None if dims is None else _grouped(dims, (math.prod(sizes[:-2]), *sizes[-2:]))
-    if groups is None or dims is None:
-        return None
-    return _Apart(source, tuple(range(len(dims))), groups, copied)
+    ones = [dim for dim, size in enumerate(sizes) if size == 1]
+    parts: list[Sizes] = [() if dim in ones else (dim,) for dim in range(len(sizes))]  # dims of the source in each dim
+    for node in reversed(behind):
+        if node.target is aten.permute.default:
+            parts = [parts[dim] for dim in node.args[1]]  # type: ignore[union-attr, index]
+            continue
+        joined, order = _sizes(node), [dim for part in parts for dim in part]
+        pieces = None if joined is None else _pieces(tuple(sizes[dim] for dim in order), joined)
+        if pieces is None:
+            return None
+        left = iter(order)
+        parts = [tuple(itertools.islice(left, len(piece))) for piece in pieces]
+    *leading, rows, columns = parts
+    groups = ((*ones, *itertools.chain(*leading)), rows, columns)
+    batch, down, across = (tuple(sizes[dim] for dim in group) for group in groups)
+    return _Apart(source, tuple(itertools.chain(*groups)), (batch, down, across), True)
 
 
 def _result(node: fx.Node) -> tuple[_Apart, fx.Node] | None:

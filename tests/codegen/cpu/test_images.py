@@ -1,4 +1,4 @@
-"""What PyTorch computes pixel by pixel on an image is computed by lines on the CPU."""
+"""What PyTorch computes pixel by pixel on an image is computed by lines on the CPU, and windows are views of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regraft.codegen.cpu.lower import lower
+from tests.codegen.cpu.support import needs_native
 from tests.support import captured
 
 Function = Callable[[Tensor], Tensor]
@@ -103,3 +104,87 @@ def test_a_pixel_that_is_no_number_makes_its_cell_none(rows: int) -> None:
     run, _ = lowered(lambda x: F.avg_pool2d(x, rows), x)
     assert torch.equal(run(x).isnan(), F.avg_pool2d(x, rows).isnan())
     assert run(x).isnan().sum() == 2
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [
+        (lambda x: F.unfold(x, 3, padding=1), (2, 8, 16, 16)),
+        (lambda x: F.unfold(x, (3, 5), padding=(0, 2), stride=(2, 1)), (2, 16, 16, 15)),
+        (lambda x: F.unfold(x, 4, stride=4), (2, 8, 64, 64)),
+        (lambda x: F.unfold(x, 3), (32, 16, 16)),
+        (lambda x: F.unfold(x.permute(0, 3, 1, 2), 3, padding=1), (2, 16, 16, 8)),
+    ],
+    ids=["neighbours", "two sizes", "patches", "one image", "channels are dense"],
+)
+def test_windows_are_one_copy(function: Function, sizes: tuple[int, ...]) -> None:
+    x = draw(*sizes)
+    run, code = lowered(function, x)
+    assert "im2col" not in code and "reshaped_native" in code
+    assert torch.equal(run(x), function(x))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.unfold(x, 3, dilation=2),
+        lambda x: F.unfold(x, 3, stride=(1, 4)),
+        lambda x: F.unfold(x.double(), 3),
+        lambda x: F.unfold(x[:1, :8], 3),
+    ],
+    ids=["holes", "few windows along a line", "fp64", "few numbers"],
+)
+def test_other_windows_stay_pytorchs(function: Function) -> None:
+    x = draw(2, 64, 16, 16)
+    run, code = lowered(function, x)
+    assert "im2col" in code
+    assert torch.equal(run(x), function(x))
+
+
+@needs_native
+def test_windows_of_any_batch_and_layout() -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    run, code = lowered(lambda x: F.unfold(x, 3, padding=1), draw(4, 8, 16, 16), dynamic=(({0: batch},),))
+    assert "reshaped_native" in code
+    turned = draw(5, 16, 16, 8).permute(0, 3, 1, 2)
+    for x in (draw(1, 8, 16, 16), draw(7, 8, 16, 16), turned):
+        assert torch.equal(run(x), F.unfold(x, 3, padding=1))
+
+
+def scores(x: Tensor, heads: int, merged: bool = True) -> Tensor:
+    """Products of each pixel and those around it, ``[batch, heads, pixels, 1, 9]``; without a dim of one head."""
+    batch, width, height, across = x.shape
+    sizes = (batch, width, 9, height * across) if merged else (batch, heads, width // heads, 9, height * across)
+    near = F.unfold(x, 3, padding=1).reshape(sizes)
+    pixels = x.reshape(*sizes[:-2], height * across)
+    return pixels.mT[..., None, :] @ near.movedim(-1, -3)
+
+
+@needs_native
+def test_a_product_reads_windows_where_the_image_lies() -> None:
+    x = draw(2, 16, 12, 12)
+    run, code = lowered(lambda x: scores(x, 1), x)
+    assert "windows_native" in code and "reshaped_native" not in code
+    torch.testing.assert_close(run(x), scores(x, 1), rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_a_product_that_has_too_many_dims_reads_the_copy_of_windows() -> None:
+    x = draw(2, 16, 12, 12)
+    run, code = lowered(lambda x: scores(x, 2, merged=False), x)
+    assert "batched_native" in code and "reshaped_native" in code
+    torch.testing.assert_close(run(x), scores(x, 2, merged=False), rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_windows_that_others_read_too_are_copied_for_them() -> None:
+    x = draw(2, 16, 12, 12)
+
+    def function(x: Tensor) -> Tensor:
+        return scores(x, 1).sum() + F.unfold(x, 3, padding=1)
+
+    run, code = lowered(function, x)
+    assert "windows_native" in code and "reshaped_native" in code
+    torch.testing.assert_close(run(x), function(x), rtol=1e-5, atol=1e-4)
