@@ -27,19 +27,12 @@ from regraft.ir.program import Program
 from regraft.ir.records import Log
 from regraft.ir.verify import Checked, relative_l2
 from regraft.reference import Reference
+from regraft.tolerance import tolerance
 
 if TYPE_CHECKING:
     from regraft.experts import Together
 
 _LOG = logging.getLogger("regraft")
-
-#: Largest relative L2 error of a compiled model's outputs against the original's, by the outputs' element type.
-END_TO_END_TOLERANCE: dict[torch.dtype, float] = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 5e-2,
-}
 
 Executable = Callable[..., Sequence[Any]]
 
@@ -279,17 +272,18 @@ def _build(
         started = time.perf_counter()
         with together.running() if together is not None else nullcontext():
             outputs = _outputs(program, executable)
-        result.drift, result.tolerance = _compare(program.user_outputs(outputs), expected)
+        result.tolerance = tolerance(before, tree_leaves(expected))
+        result.drift = _drift(program.user_outputs(outputs), expected)
         if parts is not None and not result.accepted:  # perhaps the batch may not be divided
             expected = reference()
-            result.drift, result.tolerance = _compare(program.user_outputs(outputs), expected)
+            result.drift = _drift(program.user_outputs(outputs), expected)
         if together is None and not result.entry.writes:
             result.outputs = outputs
         if together is not None:
             result.drift = together.worst(result.drift)
         if not result.accepted:
             captured = before.user_outputs(_outputs(before, before.callable()))
-            result.captured_drift, _ = _compare(captured, expected)
+            result.captured_drift = _drift(captured, expected)
         phases["verification"] = seconds + time.perf_counter() - started
         del expected, outputs, parts
         give_back()  # the first call is next
@@ -301,18 +295,18 @@ def _outputs(program: Program, executable: Executable) -> Sequence[Any]:
         return executable(*program.example)
 
 
-def _compare(outputs: Any, expected: Any) -> tuple[float, float]:
+def _drift(outputs: Any, expected: Any) -> float:
+    """The largest relative L2 error of outputs; infinite where they are of another kind."""
     wanted, given = tree_leaves(expected), tree_leaves(outputs)
     if len(wanted) != len(given):
-        return float("inf"), 0.0
-    drift, tolerance = 0.0, 0.0
+        return float("inf")
+    drift = 0.0
     for left, right in zip(given, wanted, strict=True):
         if isinstance(right, Tensor) and isinstance(left, Tensor):
             drift = max(drift, relative_l2(left, right)) if left.dtype == right.dtype else float("inf")
-            tolerance = max(tolerance, END_TO_END_TOLERANCE.get(right.dtype, 0.0))
         elif not (left is right or left == right):
-            return float("inf"), tolerance
-    return drift, tolerance
+            return float("inf")
+    return drift
 
 
 def output_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -11,11 +11,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from regraft.bisect import Turn, first_bad
-from regraft.build import END_TO_END_TOLERANCE, Passes
+from regraft.build import Passes
 from regraft.ir.driver import Fuel, Session
 from regraft.ir.program import Program
 from regraft.ir.records import Application, Refusal
 from regraft.ir.verify import relative_l2
+from regraft.tolerance import tolerance
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ class Bench:
         self.reference = self._outputs(program.copy())
 
     def tolerance(self) -> float:
-        """The error that the outputs' element type allows."""
-        floating = [value.dtype for value in self.reference if value.is_floating_point()]
-        return max((END_TO_END_TOLERANCE.get(dtype, 0.0) for dtype in floating), default=0.0)
+        """The error that the element types allow which the model computes in."""
+        return tolerance(self.program, self.reference)
 
     def run(self, applications: int | None = None) -> Trial:
         """Rewrite with at most this many applications, unverified, so that a wrong one stays and shows."""

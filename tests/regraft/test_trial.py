@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from regraft.build import END_TO_END_TOLERANCE
 from regraft.ir.capture import capture
 from regraft.passes.base import Pipeline
+from regraft.tolerance import BY_TYPE
 from regraft.trial import Bench
 from tests.regraft.fixtures import RAISING, RIGHT, WRONG, Source
 
@@ -27,7 +27,7 @@ def test_fuel_limits_the_rewrites_and_each_trial_starts_afresh() -> None:
 
 def test_right_rewrites_leave_nothing_to_find() -> None:
     found = bench(RIGHT).bisect()
-    assert found.turn is None and found.error == 0.0 and found.tolerance == END_TO_END_TOLERANCE[torch.float32]
+    assert found.turn is None and found.error == 0.0 and found.tolerance == BY_TYPE[torch.float32]
 
 
 def test_a_wrong_rewrite_is_found() -> None:
