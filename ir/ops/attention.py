@@ -10,13 +10,19 @@ infinity), a number is what the source wrote there, which matters for rows with 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.ir.mask import parse, to_dense
-from regraft.ir.ops.attention_scores import SCORE_OPERANDS, scores_of, softmax_of, spread_heads, two_products
+from regraft.ir.ops.attention_scores import (
+    SCORE_OPERANDS,
+    scores_of,
+    softmax_of,
+    spread_heads,
+    two_products,
+    weighed_values,
+)
 from regraft.ir.ops.registry import register
 
 
@@ -93,15 +99,11 @@ def _attend(
     return (weights @ values).to(query.dtype)
 
 
-def _fake(query: Tensor, value: Tensor, **_: Any) -> Tensor:
-    return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
-
-
 attention = register(
     "attention",
     f"(Tensor query, Tensor key, Tensor value, {SCORE_OPERANDS}, Tensor? sinks=None, *, "
     "float scale, str mask='all', float? mask_fill=None, str empty_rows='nan', float softcap=0.0) -> Tensor",
     reference,
-    _fake,
+    weighed_values,
     two_products,
 )

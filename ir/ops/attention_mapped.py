@@ -8,13 +8,12 @@ arXiv:2409.04431), attention without a sink (Gu et al., arXiv:2410.10781) and li
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regraft.ir.ops.attention_scores import SCORE_OPERANDS, row_blocks, spread_heads, two_products
+from regraft.ir.ops.attention_scores import SCORE_OPERANDS, row_blocks, spread_heads, two_products, weighed_values
 from regraft.ir.ops.registry import register
 
 #: phi: a score's weight.
@@ -71,15 +70,11 @@ def _normalised(out: Tensor, weights: Tensor, normaliser: str, constant: float) 
     return out / (total + constant if normaliser == "sum_eps" else total)
 
 
-def _fake(query: Tensor, value: Tensor, **_: Any) -> Tensor:
-    return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
-
-
 attention_mapped = register(
     "attention_mapped",
     f"(Tensor query, Tensor key, Tensor value, {SCORE_OPERANDS}, *, float scale, str weight, str mask='all', "
     "float softcap=0.0, str normaliser='none', float constant=0.0) -> Tensor",
     reference,
-    _fake,
+    weighed_values,
     two_products,
 )

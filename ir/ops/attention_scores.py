@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -152,3 +152,11 @@ def two_products(node: fx.Node) -> Cost:
     batch, heads, length, head_dim = (concrete(size) for size in given["query"].meta["val"].shape)
     keys, value_dim = (concrete(size) for size in given["value"].meta["val"].shape[-2:])
     return Cost(2.0 * batch * heads * length * keys * (head_dim + value_dim), traffic(node))
+
+
+def weighed_values(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    """The fake kernel of attention: a value for each query. Keys and values come in heads of the same number, of which
+    several queries may share one: a kernel finds a head of values by that of its keys."""
+    heads = key.shape[1], value.shape[1]
+    torch._check(heads[0] == heads[1], lambda: f"attention has keys of {heads[0]} heads and values of {heads[1]}")
+    return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)

@@ -317,6 +317,15 @@ def test_linear_with_everything() -> None:
     torch.testing.assert_close(ops.linear(x, w, b, m, r, "relu"), (x @ w.T + b).clamp(min=0) * m + r)
 
 
+@pytest.mark.parametrize("operator", [ops.attention, ops.attention_mapped], ids=["attention", "attention_mapped"])
+def test_keys_and_values_have_as_many_heads(operator: Any) -> None:
+    options = {"scale": 1.0} | ({"weight": "exp"} if operator is ops.attention_mapped else {})
+    query, key, value = (torch.empty(2, heads, 3, 8, device="meta") for heads in (4, 1, 4))
+    assert operator(query, key, key, [], **options).shape == (2, 4, 3, 8)
+    with pytest.raises(RuntimeError, match="keys of 1 heads and values of 4"):
+        operator(query, key, value, [], **options)
+
+
 def test_cost_counts_multiply_adds_and_traffic() -> None:
     def function(q: Tensor, k: Tensor) -> Tensor:
         out: Tensor = ops.attention(q, k, k, [], scale=1.0)
