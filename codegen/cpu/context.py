@@ -110,7 +110,9 @@ class Context(Emitter):
             held = self.values[node]
         if held.flat is None:
             full = self.value(node)
-            held.flat = full if rank(node) == 2 else self.call(aten.reshape.default, full, [-1, self._features(node)])
+            held.flat = (
+                full if rank(node) == 2 else self.call(aten.reshape.default, full, [-1, self._features(node, full)])
+            )
         return held.flat
 
     def has_flat(self, node: Any) -> bool:
@@ -131,10 +133,9 @@ class Context(Emitter):
         """Whether the program's shape can be recovered from the flat form."""
         return sum(not isinstance(size, int) for size in shape(node)) <= 1
 
-    def _features(self, node: fx.Node) -> Any:
+    def _features(self, node: fx.Node, full: fx.Node) -> int | fx.Node:
+        """The size of the last dim, in the lowered graph where it is symbolic."""
         last = shape(node)[-1]
         if isinstance(last, torch.SymInt) and last.node.expr.is_number:  # a symbol that the capture found to be fixed
             return int(last)
-        if not isinstance(last, int):
-            raise ValueError(f"{node.name} has a symbolic feature size")
-        return last
+        return last if isinstance(last, int) else self.call(aten.sym_size.int, full, -1)

@@ -83,6 +83,25 @@ def test_symbolic_batch_and_length_run_at_other_sizes(kernel: str) -> None:
             assert relative_l2(run(x)[0], model(x)) <= 2e-6
 
 
+class Grouped(nn.Module):
+    """A reshape that fixes the sizes of a model whose inputs were to be of any size: its last dim stays a symbol."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x.view(2, 16, 4, 8) * 2)).sum(-1)  # type: ignore[no-any-return]
+
+
+def test_rows_of_a_width_that_stays_a_symbol() -> None:
+    model, x = Grouped().eval(), torch.randn(2, 16, 32)
+    compiled = regraft.compile(model, (x,), dynamic=True)
+    assert compiled.entries and not compiled.report.events
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_results_of_two_calls_do_not_share_memory() -> None:
     run = lowered(Block().eval(), (torch.zeros(1, 3, 16),))
     first = run(torch.ones(1, 3, 16))[0]
