@@ -1,5 +1,5 @@
 """Lowering of operators on images ``[..., channels, height, width]`` that PyTorch runs pixel by pixel: means of cells,
-and windows cut out side by side."""
+windows cut out side by side, and windows added up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ aten = torch.ops.aten
 _WORTH_IT = 1 << 15  # elements; fewer cost less than the calls
 _FEW_ROWS = 4  # of a cell, that are added one by one
 _WIDE = 32  # lines of an image that a sum over more rows takes less time for than PyTorch's mean
-_SHORT = 8  # windows along a line of an image; fewer, with gaps between them, PyTorch copies as fast
+_SHORT = 8  # windows with gaps, or pixels, along a line of an image; PyTorch is as fast with fewer
+_SHORTEST = 4  # windows without gaps
+_MOST_TAPS = 64  # of windows that are added up; with more, reading each tap across memory costs more than it saves
 
 
 def lower_pool(context: Context, node: fx.Node) -> Lowered | None:
@@ -82,14 +84,14 @@ def lower_unfold(context: Context, node: fx.Node) -> Lowered | None:
     steps = [*_windows(given, rank(x))]
     with context.program.fake_mode:
         value = functools.reduce(lambda held, step: step[0](held, *step[1:]), steps, tensor_value(x))
-    if _pair(given["stride"])[1] > 1 and value.shape[-1] < _SHORT:
+    if value.shape[-1] < (_SHORTEST if _pair(given["stride"])[1] == 1 else _SHORT):
         return None
     view = functools.reduce(lambda held, step: context.call(step[0], held, *step[1:]), steps, context.value(x))
     view.meta["val"] = value
     return Lowered(full=context.call(reshaped_native, view, context.sizes(node)))
 
 
-def _windows(given: dict[str, Any], rank: int) -> Iterator[tuple[Any, ...]]:
+def _windows(given: dict[str, Any], dims: int) -> Iterator[tuple[Any, ...]]:
     """The calls, one on the result of the other, that view an image as ``[..., channels, kernel height, kernel width,
     windows down, windows across]``; what follows the first operand."""
     padding = _pair(given["padding"])
@@ -97,8 +99,50 @@ def _windows(given: dict[str, Any], rank: int) -> Iterator[tuple[Any, ...]]:
         yield aten.constant_pad_nd.default, [padding[1], padding[1], padding[0], padding[0]]
     for kernel, stride in zip(_pair(given["kernel_size"]), _pair(given["stride"]), strict=True):
         yield aten.unfold.default, -2, kernel, stride
-    leading = range(rank - 2)
-    yield aten.permute.default, [*leading, rank, rank + 1, rank - 2, rank - 1]
+    leading = range(dims - 2)
+    yield aten.permute.default, [*leading, dims, dims + 1, dims - 2, dims - 1]
+
+
+def lower_fold(context: Context, node: fx.Node) -> Lowered | None:
+    """Windows at every pixel of a large image in fp32, added up tap by tap; None for windows with gaps, holes or
+    many taps, and for small images, which PyTorch is as fast with."""
+    given = arguments(node)
+    x, size = given["self"], _pair(given["output_size"])
+    apart = any(step > 1 for name in ("stride", "dilation") for step in given[name])
+    elements = math.prod(concrete(size) for size in shape(node))
+    if apart or dtype(x) != torch.float32 or elements < _WORTH_IT or not all(isinstance(side, int) for side in size):
+        return None
+    kernel, padding = _pair(given["kernel_size"]), _pair(given["padding"])
+    if size[1] < _SHORT or math.prod(kernel) > _MOST_TAPS:
+        return None
+    return Lowered(full=context.call(fold_windows, context.value(x), size, kernel, padding))
+
+
+def fold_windows(x: Tensor, size: tuple[int, int], kernel: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """``F.fold`` of ``x`` ``[..., channels * kernel height * kernel width, windows]`` with a stride of one, to the bit:
+    the sum of as many shifted images as a window has taps, in their order. What lies beyond the edge is left out."""
+    *leading, depth, _ = x.shape
+    channels = depth // math.prod(kernel)
+    made = (side + 2 * around - length + 1 for side, around, length in zip(size, padding, kernel, strict=True))
+    parts = x.reshape(*leading, channels, *kernel, *made)
+    if x.stride(-2) < x.stride(-1):  # as a product leaves them: sums along channels
+        out = x.new_zeros(*leading, *size, channels).movedim(-1, -3)
+    else:
+        out = x.new_zeros(*leading, channels, *size)
+    down, across = (list(_taps(*sides)) for sides in zip(size, kernel, padding, strict=True))
+    for i, rows, rows_read in down:
+        for j, columns, columns_read in across:
+            out[..., rows, columns].add_(parts[..., i, j, rows_read, columns_read])
+    return out.contiguous()
+
+
+def _taps(size: int, kernel: int, padding: int) -> Iterator[tuple[int, slice, slice]]:
+    """Each tap of windows along a side that any pixel lies under: its number, the pixels, and the windows."""
+    windows = size + 2 * padding - kernel + 1
+    for tap in range(kernel):
+        first, last = max(0, padding - tap), min(windows, size + padding - tap)
+        if first < last:
+            yield tap, slice(first + tap - padding, last + tap - padding), slice(first, last)
 
 
 def _pair(sizes: Sequence[int]) -> tuple[int, int]:

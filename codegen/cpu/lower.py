@@ -21,7 +21,7 @@ from regraft.codegen.cpu.attention_native import lower_lse
 from regraft.codegen.cpu.attention_packed import lower_packed
 from regraft.codegen.cpu.context import Context, Lowered
 from regraft.codegen.cpu.executable import Executable
-from regraft.codegen.cpu.images import lower_pool, lower_unfold
+from regraft.codegen.cpu.images import lower_fold, lower_pool, lower_unfold
 from regraft.codegen.cpu.last_reads import LastReads, ReadLast
 from regraft.codegen.cpu.linear import lower_linear
 from regraft.codegen.cpu.moe import pack_moe, run_moe
@@ -72,6 +72,7 @@ LOWERINGS: dict[Any, Lowering] = {
     aten.adaptive_avg_pool2d.default: lower_pool,
     aten.avg_pool2d.default: lower_pool,
     aten.im2col.default: lower_unfold,
+    aten.col2im.default: lower_fold,
     ops.moe: lambda context, node: _lower_moe(context, node),
     **dict.fromkeys((*UNARY, *BINARY), lower_elementwise),
     **dict.fromkeys(ASSERTIONS, lower_assertion),

@@ -131,10 +131,11 @@ def test_windows_are_one_copy(function: Function, sizes: tuple[int, ...]) -> Non
     [
         lambda x: F.unfold(x, 3, dilation=2),
         lambda x: F.unfold(x, 3, stride=(1, 4)),
+        lambda x: F.unfold(x, (3, 14)),
         lambda x: F.unfold(x.double(), 3),
         lambda x: F.unfold(x[:1, :8], 3),
     ],
-    ids=["holes", "few windows along a line", "fp64", "few numbers"],
+    ids=["holes", "few windows with gaps", "few windows", "fp64", "few numbers"],
 )
 def test_other_windows_stay_pytorchs(function: Function) -> None:
     x = draw(2, 64, 16, 16)
@@ -188,3 +189,49 @@ def test_windows_that_others_read_too_are_copied_for_them() -> None:
     run, code = lowered(function, x)
     assert "windows_native" in code and "reshaped_native" in code
     torch.testing.assert_close(run(x), function(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [
+        (lambda x: F.fold(x, (32, 32), 3, padding=1), (4, 72, 1024)),
+        (lambda x: F.fold(x, (32, 31), (3, 2)), (4, 96, 900)),
+        (lambda x: F.fold(x, (32, 32), 5, padding=(3, 0)), (32, 25, 34 * 28)),
+        (lambda x: F.fold(x, (1, 1024), (5, 3), padding=(2, 1)), (16, 60, 1024)),
+        (lambda x: F.fold(x, (32, 32), 3, padding=1), (360, 1024)),
+        (lambda x: F.fold(x.mT, (32, 32), 3, padding=1), (4, 1024, 72)),
+    ],
+    ids=["neighbours", "two sizes", "much padding", "taps that no pixel lies under", "one image", "channels are dense"],
+)
+def test_windows_at_every_pixel_are_added_up_to_the_bit(function: Function, sizes: tuple[int, ...]) -> None:
+    x = draw(*sizes)
+    run, code = lowered(function, x)
+    assert "fold_windows" in code and "col2im" not in code
+    assert torch.equal(run(x), function(x)) and run(x).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.fold(x, (45, 45), 7, stride=2),
+        lambda x: F.fold(x, (32, 32), 7, dilation=2),
+        lambda x: F.fold(x.double(), (26, 26), 7),
+        lambda x: F.fold(x[:4], (26, 26), 7),
+        lambda x: F.fold(x, (400, 7), (1, 7)),
+        lambda x: F.fold(x.repeat(1, 2, 1), (26, 33), (7, 14)),
+    ],
+    ids=["gaps", "holes", "fp64", "few pixels", "short lines", "many taps"],
+)
+def test_other_sums_of_windows_stay_pytorchs(function: Function) -> None:
+    x = draw(64, 49, 400)
+    run, code = lowered(function, x)
+    assert "fold_windows" not in code
+    assert torch.equal(run(x), function(x))
+
+
+def test_windows_of_any_batch_are_added_up() -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    run, code = lowered(lambda x: F.fold(x, (32, 32), 3, padding=1), draw(4, 72, 1024), dynamic=(({0: batch},),))
+    assert "fold_windows" in code
+    for x in (draw(1, 72, 1024), draw(7, 72, 1024)):
+        assert torch.equal(run(x), F.fold(x, (32, 32), 3, padding=1))
