@@ -17,11 +17,13 @@ from regraft.ir.mask.expression import (
     Load,
     Size,
     build_sum,
+    index,
     index_dims,
     linear,
 )
 from regraft.ir.mask.interpret import Interpreter, fake, size_expression
 from regraft.ir.mask.length import KEY_LENGTH, QUERY_LENGTH, Length, symbol
+from regraft.ir.mask.logic import substitute
 from regraft.ir.mask.numeric import predicate_on_grid
 from regraft.ir.mask.predicate import (
     EVERYTHING,
@@ -41,6 +43,7 @@ from regraft.ir.mask.predicate import (
 )
 
 BATCH, HEAD, QUERY, KEY = -4, -3, -2, -1
+_FRONT = -5  # the batch, where heads are two dims
 _INTEGERS = (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _Terms = dict[Expression, int | float]
 
@@ -56,7 +59,11 @@ class Unknown(Exception):
 
 
 class Describer:
-    """Turns expressions of one mask into predicates, collecting the tensors which they read."""
+    """Turns expressions of one mask into predicates, collecting the tensors which they read.
+
+    A mask of scores of five dims, ``[batch, kv_heads, group, queries, keys]``, is read as one of four where it tells
+    neither kind of head apart.
+    """
 
     def __init__(
         self, interpreter: Interpreter, query_length: int | torch.SymInt, key_length: int | torch.SymInt
@@ -64,6 +71,14 @@ class Describer:
         self.interpreter = interpreter
         self.rows, self.columns = size_expression(query_length), size_expression(key_length)
         self.tensors: list[Node] = []
+        self._batch_in_front = False  # whether the mask has five dims
+
+    def expression(self, node: Node, reader: Node | None = None) -> Expression:
+        """The value of the mask ``node``, which ``fits``, in the mask's four indices (see ``Interpreter``)."""
+        expression = self.interpreter.expression(node, reader)
+        value = fake(node)
+        self._batch_in_front = value is not None and value.dim() == 5
+        return substitute(expression, {_FRONT: index(BATCH)}) if self._batch_in_front else expression
 
     def predicate(self, expression: Expression) -> Predicate:
         """The predicate of a boolean expression; parts which are no atoms become Dense, or Unknown is
@@ -112,17 +127,23 @@ class Describer:
 
     def _nodes(self, expression: Expression) -> Iterator[Node]:
         dims = index_dims(expression)
-        for node in self.interpreter.witnesses(expression):
+        witnesses = self.interpreter.witnesses(expression)
+        if self._batch_in_front:
+            witnesses = witnesses + self.interpreter.witnesses(substitute(expression, {BATCH: index(_FRONT)}))
+        for node in witnesses:
             if self.fits(node) and (HEAD in dims or not _has_third_dim(node)):
                 yield node
 
     def fits(self, node: Node) -> bool:
+        """Whether a tensor may be a mask: it broadcasts to ``[batch, heads, queries, keys]``, or to these with a dim
+        of groups, along which, and along heads, it is the same."""
         value = fake(node)
-        if value is None or value.dim() > 4:
+        if value is None or value.dim() > 5:
             return False
-        extents = [size_expression(extent) for extent in reversed(value.shape)]
-        wanted = (self.columns, self.rows)
-        return all(extent in (want, size_expression(1)) for extent, want in zip(extents, wanted, strict=False))
+        extents, one = [size_expression(extent) for extent in reversed(value.shape)], size_expression(1)
+        if len(extents) == 5 and any(extent is not one for extent in extents[2:4]):
+            return False
+        return all(extent in (want, one) for extent, want in zip(extents, (self.columns, self.rows), strict=False))
 
     def length(self, expression: Expression) -> Length:
         """An affine size in terms of ``query_len`` and ``key_len`` where it is one, else of its own

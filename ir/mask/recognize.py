@@ -120,7 +120,7 @@ def recognize_mask(
         return Refusal(f"{node.name} of shape {shape} does not broadcast to queries {query_length}, keys {key_length}")
     if value.dtype != torch.bool and not value.dtype.is_floating_point:
         return Refusal(f"{node.name} has dtype {value.dtype}: neither a boolean nor an additive float mask")
-    expression = describer.interpreter.expression(node, reader)
+    expression = describer.expression(node, reader)
     if value.dtype == torch.bool:
         return _form(describer, node, expression, None, None)
     return _additive(describer, node, expression)
@@ -147,7 +147,7 @@ def recognize_condition(
         return Refusal(
             f"{condition.name} of shape {shape} does not broadcast to queries {query_length}, keys {key_length}"
         )
-    expression = describer.interpreter.expression(condition)
+    expression = describer.expression(condition)
     if value.dtype != torch.bool:
         values = choices(expression)
         if values is None or not set(values) <= {0, 1}:

@@ -133,3 +133,47 @@ def test_video_of_symbolic_batch_frames_and_length() -> None:
     assert site["query"].meta["val"].shape[1] == HEADS
     longer = tuple(numbers(3, 7, HEADS, length, DIM, seed=s) for s, length in enumerate((4, 9, 9)))
     torch.testing.assert_close(run(program, longer).double(), exact(*longer), rtol=1e-5, atol=1e-5)
+
+
+GROUPED = (BATCH, 2, 3), (BATCH, 2, 1), (BATCH, 2, 1)  # queries of three heads read one head of keys
+
+
+@pytest.mark.parametrize("rows", [1, QUERIES], ids=["padding", "each query"])
+@pytest.mark.parametrize("batch", [1, BATCH])
+@pytest.mark.parametrize("added", [False, True], ids=["filled", "added"])
+def test_mask_of_grouped_queries_has_a_dim_for_their_groups(batch: int, rows: int, added: bool) -> None:
+    args = operands(*GROUPED)
+    seen = numbers(batch, rows, KEYS, seed=9) > -0.5
+    seen[..., 0] = True
+
+    def function(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        scores, m = q @ k.mT * SCALE, m[:, None, None]
+        if added:
+            return attend(scores + torch.zeros(m.shape).masked_fill(~m, -math.inf), v)
+        return attend(torch.where(m, scores, -math.inf), v)
+
+    site = found(function, (*args, seen), expected=exact(*args, ~seen[:, None, None]))
+    assert [tensor.meta["val"].dim() for tensor in site["mask_tensors"]] in ([2], [3], [4])
+    assert site["bias"] is None and site["key"].meta["val"].shape[1] == 2
+
+
+def test_bias_of_grouped_queries_stays_one() -> None:
+    args = operands(*GROUPED)
+    bias = numbers(BATCH, 1, 1, QUERIES, KEYS, seed=9)
+    scores = args[0].double() @ args[1].double().mT * SCALE + bias
+    site = found(
+        lambda q, k, v, b: attend(q @ k.mT * SCALE + b, v),
+        (*args, bias),
+        expected=scores.softmax(-1) @ args[2].double(),
+    )
+    assert site["bias"].meta["val"].shape == (BATCH, 1, QUERIES, KEYS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [((1, 2, 1, 1, KEYS), "middle one of three leading dims"), ((1, 1, 3, 1, KEYS), "does not broadcast")],
+    ids=["heads of keys", "groups"],
+)
+def test_mask_that_tells_heads_of_grouped_queries_apart_is_refused(shape: tuple[int, ...], reason: str) -> None:
+    args = *operands(*GROUPED), numbers(*shape, seed=9) > 0.5
+    assert reason in refused(lambda q, k, v, m: attend((q @ k.mT * SCALE).masked_fill(m, -math.inf), v), args)
