@@ -32,12 +32,20 @@ def lower_pool(context: Context, node: fx.Node) -> Lowered | None:
     x = arguments(node)["self"]
     cell = _tiling_cell(node)
     *_, height, width = shape(x)
-    if cell is None or cell == (height, width) or dtype(x) != torch.float32 or not tensor_value(x).is_contiguous():
+    if cell is None or cell == (height, width) or dtype(x) != torch.float32 or not _is_dense(x):
         return None
     if math.prod(concrete(size) for size in shape(x)) < _WORTH_IT or (cell[0] > _FEW_ROWS and width < _WIDE):
         return None
     weight = torch.full((cell[1],), 1 / math.prod(cell))
     return Lowered(full=context.call(mean_of_cells, context.value(x), context.bind(weight, node.name), cell[0]))
+
+
+def _is_dense(x: fx.Node) -> bool:
+    """Whether a value lies in memory in the order of its dims. Strides are compared as numbers: to ask a tensor of
+    symbolic sizes would bind them to the example's."""
+    sizes, strides = ([concrete(number) for number in numbers] for numbers in (shape(x), tensor_value(x).stride()))
+    dense = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
+    return all(size == 1 or found == step for size, found, step in zip(sizes, strides, dense, strict=True))
 
 
 def _tiling_cell(node: fx.Node) -> tuple[int, int] | None:
@@ -81,13 +89,15 @@ def lower_unfold(context: Context, node: fx.Node) -> Lowered | None:
         return None
     if not all(isinstance(size, int) for size in shape(x)[-3:]) or not context.can_unflatten(node) or FUSED.missing():
         return None
-    steps = [*_windows(given, rank(x))]
-    with context.program.fake_mode:
-        value = functools.reduce(lambda held, step: step[0](held, *step[1:]), steps, tensor_value(x))
-    if value.shape[-1] < (_SHORTEST if _pair(given["stride"])[1] == 1 else _SHORT):
+    padding, stride = _pair(given["padding"]), _pair(given["stride"])
+    across = (shape(x)[-1] + 2 * padding[1] - _pair(given["kernel_size"])[1]) // stride[1] + 1
+    if across < (_SHORTEST if stride[1] == 1 else _SHORT):
         return None
+    steps = [*_windows(given, rank(x))]
     view = functools.reduce(lambda held, step: context.call(step[0], held, *step[1:]), steps, context.value(x))
-    view.meta["val"] = value
+    if isinstance(shape(x)[0], int):  # fake values of symbolic sizes would bind them to the example's
+        with context.program.fake_mode:
+            view.meta["val"] = functools.reduce(lambda held, step: step[0](held, *step[1:]), steps, tensor_value(x))
     return Lowered(full=context.call(reshaped_native, view, context.sizes(node)))
 
 

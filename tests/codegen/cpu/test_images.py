@@ -20,9 +20,19 @@ def draw(*sizes: int) -> Tensor:
     return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
 
 
-def lowered(function: Function, x: Tensor, dynamic: object = None) -> tuple[Function, str]:
+def lowered(function: Function, x: Tensor) -> tuple[Function, str]:
     """The executable of a function, and the code that it runs."""
-    executable = lower(captured(function, (x,), dynamic))
+    executable = lower(captured(function, (x,)))
+    return lambda x: executable(x)[0], str(executable.module.graph)
+
+
+def lowered_for_any_batch(function: Function, x: Tensor) -> tuple[Function, str]:
+    """The same for a symbolic batch, which is still one afterwards: another batch is not captured anew."""
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = captured(function, (x,), (({0: batch},),))
+    executable = lower(program)
+    (given,) = program.user_inputs()
+    assert isinstance(given.meta["val"].shape[0], torch.SymInt)
     return lambda x: executable(x)[0], str(executable.module.graph)
 
 
@@ -89,8 +99,7 @@ def test_other_means_stay_pytorchs(function: Function) -> None:
 
 
 def test_means_of_cells_of_any_batch_and_layout() -> None:
-    batch = torch.export.Dim("batch", min=1, max=64)
-    run, code = lowered(lambda x: F.adaptive_avg_pool2d(x, 8), draw(4, 8, 40, 40), dynamic=(({0: batch},),))
+    run, code = lowered_for_any_batch(lambda x: F.adaptive_avg_pool2d(x, 8), draw(4, 8, 40, 40))
     assert "mean_of_cells" in code
     turned = draw(5, 40, 40, 8).permute(0, 3, 1, 2)
     for x in (draw(1, 8, 40, 40), draw(7, 8, 40, 40), turned):
@@ -146,8 +155,7 @@ def test_other_windows_stay_pytorchs(function: Function) -> None:
 
 @needs_native
 def test_windows_of_any_batch_and_layout() -> None:
-    batch = torch.export.Dim("batch", min=1, max=64)
-    run, code = lowered(lambda x: F.unfold(x, 3, padding=1), draw(4, 8, 16, 16), dynamic=(({0: batch},),))
+    run, code = lowered_for_any_batch(lambda x: F.unfold(x, 3, padding=1), draw(4, 8, 16, 16))
     assert "reshaped_native" in code
     turned = draw(5, 16, 16, 8).permute(0, 3, 1, 2)
     for x in (draw(1, 8, 16, 16), draw(7, 8, 16, 16), turned):
@@ -230,8 +238,7 @@ def test_other_sums_of_windows_stay_pytorchs(function: Function) -> None:
 
 
 def test_windows_of_any_batch_are_added_up() -> None:
-    batch = torch.export.Dim("batch", min=1, max=64)
-    run, code = lowered(lambda x: F.fold(x, (32, 32), 3, padding=1), draw(4, 72, 1024), dynamic=(({0: batch},),))
+    run, code = lowered_for_any_batch(lambda x: F.fold(x, (32, 32), 3, padding=1), draw(4, 72, 1024))
     assert "fold_windows" in code
     for x in (draw(1, 72, 1024), draw(7, 72, 1024)):
         assert torch.equal(run(x), F.fold(x, (32, 32), 3, padding=1))
