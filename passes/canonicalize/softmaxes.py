@@ -197,6 +197,23 @@ def _constant(build: Builder, x: fx.Node, value: float) -> fx.Node:
     return build.call(aten.full.default, sizes, value, dtype=like.dtype, device=like.device)
 
 
+@identity(aten.pad.default)
+def column_of_one_number(node: fx.Node, build: Builder) -> fx.Node | None:
+    """A softmax's operand that is padded by a column behind is concatenated with that column."""
+    given = arguments(node)
+    if list(given["pad"]) != [0, 1] or given["mode"] != "constant" or not any(map(_is_softmax, node.users)):
+        return None
+    column = _constant(build, given["self"], given["value"] or 0.0)
+    return build.call(aten.cat.default, [given["self"], column], -1)
+
+
+def _is_softmax(user: fx.Node) -> bool:
+    """Whether a softmax over the last dim, or what takes the maximum off for one."""
+    if is_call(user, (aten.sub.Tensor,)):
+        return any(_is_softmax(reader) for reader in user.users)
+    return is_call(user, (aten.softmax.int,)) and arguments(user)["dim"] in (-1, rank(user) - 1)
+
+
 class ColumnBehind(Rule):
     """Weights of a column in front of the others that are not read: the column may stand behind them."""
 
@@ -233,5 +250,6 @@ SPELLINGS = (
     permuted_softmax,
     SoftmaxWithSink(),
     SinkScalesOutput(),
+    column_of_one_number,
     ColumnBehind(),
 )

@@ -75,6 +75,8 @@ def with_logit(x: Tensor) -> Tensor:
         lambda x: torch.cat([x[..., :1].sin(), x], -1).softmax(-1)[..., 1:],
         lambda x: torch.nn.functional.pad(x, (1, 0)).softmax(-1)[..., 1:],
         lambda x: torch.nn.functional.pad(x, (1, 0), value=0.5).softmax(-1)[..., 1:],
+        lambda x: torch.nn.functional.pad(x, (0, 1)).softmax(-1)[..., :-1],
+        lambda x: ((p := torch.nn.functional.pad(x, (0, 1), value=0.5)) - p.amax(-1, True)).softmax(-1)[..., :-1],
     ],
 )
 def test_a_column_that_only_takes_weight_stands_behind(function: Callable[[Tensor], Tensor]) -> None:
@@ -88,6 +90,11 @@ def test_a_column_in_front_whose_weight_is_read_stays() -> None:
         return weights[..., 1:] + weights[..., :1]
 
     assert "pad" in canonical(read, X, tolerance=1e-6)
+
+
+def test_a_padded_tensor_that_is_no_softmax_operand_stays() -> None:
+    assert canonical(lambda x: torch.nn.functional.pad(x, (0, 1)).softmax(1), X) == "pad(x0, [0, 1]); softmax.int(0, -2)"
+    assert "cat" not in canonical(lambda x: torch.nn.functional.pad(x, (0, 2)).softmax(-1), X)
 
 
 def test_maximum_of_another_dim_stays() -> None:
