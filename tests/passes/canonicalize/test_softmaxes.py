@@ -93,7 +93,9 @@ def test_a_column_in_front_whose_weight_is_read_stays() -> None:
 
 
 def test_a_padded_tensor_that_is_no_softmax_operand_stays() -> None:
-    assert canonical(lambda x: torch.nn.functional.pad(x, (0, 1)).softmax(1), X) == "pad(x0, [0, 1]); softmax.int(0, -2)"
+    assert (
+        canonical(lambda x: torch.nn.functional.pad(x, (0, 1)).softmax(1), X) == "pad(x0, [0, 1]); softmax.int(0, -2)"
+    )
     assert "cat" not in canonical(lambda x: torch.nn.functional.pad(x, (0, 2)).softmax(-1), X)
 
 
