@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 import torch.fx
 from torch.fx import Node
@@ -66,7 +65,7 @@ def size_expression(value: int | torch.SymInt) -> Expression:
     """A size as an expression; affine symbolic sizes become linear forms."""
     if isinstance(value, int):
         return const(value)
-    expanded = sympy.expand(value.node.expr)
+    expanded = value.node.expr.expand()
     constant = 0
     terms: dict[Expression, int | float] = {}
     for term, factor in expanded.as_coefficients_dict().items():
