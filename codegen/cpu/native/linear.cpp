@@ -4,7 +4,7 @@
 #include "activation.h"
 #include "product.h"
 
-constexpr int64_t ROW_BLOCK = 48;  // rows whose results of one panel stay in the first cache
+constexpr int64_t MOST_ROWS = 72;  // whose results of one panel stay in the first cache
 
 struct Linear {
     const float *x, *weight;  // [rows, depth], [panels, depth, PANEL]
@@ -44,19 +44,21 @@ extern "C" int64_t regraft_panel() { return PANEL; }
 
 extern "C" void regraft_linear(const Linear *given) {
     const Linear &s = *given;
-    int64_t panels = ceil_div(s.columns, PANEL), blocks = ceil_div(s.rows, ROW_BLOCK);
+    int64_t panels = ceil_div(s.columns, PANEL), blocks = ceil_div(s.rows, MOST_ROWS);
+    // Blocks of one size: each reads the panel anew, however few its rows are.
+    int64_t block = blocks ? round_up(ceil_div(s.rows, blocks), TILE_ROWS) : TILE_ROWS;
     bool epilogue = s.activation || s.multiplier || s.residual;
     float last[PANEL] = {};  // the last panel's bias, with zeros behind it
     if (s.bias) memcpy(last, s.bias + (panels - 1) * PANEL, (s.columns - (panels - 1) * PANEL) * sizeof(float));
 #pragma omp parallel
     {
-        float *scratch = (float *)memalign(64, ROW_BLOCK * PANEL * sizeof(float));
+        float *scratch = (float *)memalign(64, block * PANEL * sizeof(float));
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int64_t task = share(panels * blocks, thread, threads), end = share(panels * blocks, thread + 1, threads);
         const float *next = s.next ? s.next + share(s.next_panels, thread, threads) * s.next_panel : nullptr;
         for (; task < end; task++) {
-            int64_t panel = task / blocks, first = task % blocks * ROW_BLOCK, column = panel * PANEL;
-            int64_t rows = smaller(ROW_BLOCK, s.rows - first), columns = smaller((int64_t)PANEL, s.columns - column);
+            int64_t panel = task / blocks, first = task % blocks * block, column = panel * PANEL;
+            int64_t rows = smaller(block, s.rows - first), columns = smaller((int64_t)PANEL, s.columns - column);
             float *to = s.out + first * s.columns + column;
             bool direct = columns == PANEL && !epilogue;
             const float *weight = s.weight + panel * s.depth * PANEL;
