@@ -38,12 +38,9 @@ MEMORY = ("freed_peak_over_weights", "peak_over_weights", "loaded_peak_over_weig
 """Keys of a row's record: highest memory as a multiple of the weights."""
 
 
-def measure_row(row: str, peers: list[str], rounds: int, threads: int, cold: bool) -> dict[str, Any]:
-    """Build every peer on one row, time them in turn, and return the row's record.
-
-    Cold compiles come first: pages of a checkpoint that this process had mapped, too, would stay in memory there.
-    """
-    alone = {name: compiles_alone(row, name, threads) for name in peers} if cold else {}
+def measure_row(row: str, peers: list[str], rounds: int, alone: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Build every peer on one row, time them in turn, and return the row's record. ``alone`` are what cold compiles
+    of the peers took."""
     case = ROWS[row]()
     built: dict[str, Built] = {name: build(name, case) for name in peers}
     calls = {name: result.call for name, result in built.items() if result.call is not None}
@@ -183,9 +180,14 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     console = Console(width=170)
     records = []
+    alone: dict[str, dict[str, dict[str, Any]]] = {}
+    # Cold compiles come first: pages of a checkpoint that this process had mapped, too, would stay in memory there.
+    for row in [] if options.skip_cold else options.rows:
+        with console.status(f"compiling {row}"):
+            alone[row] = {name: compiles_alone(row, name, options.threads) for name in options.peers}
     for row in options.rows:
         with console.status(f"measuring {row}"):
-            records.append(measure_row(row, options.peers, options.rounds, options.threads, not options.skip_cold))
+            records.append(measure_row(row, options.peers, options.rounds, alone.get(row, {})))
         show(records[-1:], options.peers, console)
     if len(records) > 1:
         show(records, options.peers, console)
