@@ -189,7 +189,7 @@ def _build(sources: Sequence[str], compiler: Path, runtime: Path, path: Path) ->
             [str(compiler), *_FLAGS, native, "-c", str(_FOLDER / name), "-o", str(made)]
             for name, made in zip(sources, objects, strict=True)
         ]
-        with ThreadPoolExecutor(max((os.cpu_count() or 1) - 1, 1)) as pool:  # one is left to the capture
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(_run, commands))
         linked = Path(folder) / path.name
         _run([str(compiler), "-shared", *map(str, objects), str(runtime), "-o", str(linked)])
@@ -197,9 +197,10 @@ def _build(sources: Sequence[str], compiler: Path, runtime: Path, path: Path) ->
 
 
 def _aside() -> list[str]:
-    """Lets a command give way: the capture goes on meanwhile, and does not wait for it yet."""
+    """Lets a command give way: the capture goes on meanwhile, and does not wait for it yet. Threads of PyTorch's that
+    share a processor with it would all wait for the one that does."""
     nice = shutil.which("nice")
-    return [] if nice is None else [nice, "-n", "4"]
+    return [] if nice is None else [nice, "-n", "10"]
 
 
 def _run(command: list[str]) -> None:
