@@ -23,14 +23,24 @@ BY_TYPE: dict[torch.dtype, float] = {
 def tolerance(program: Program, outputs: Iterable[Any]) -> float:
     """The largest relative L2 error that ``outputs`` of a captured program may have.
 
-    Their element type alone would not do: logits that a model in bf16 returns in fp32 are as coarse as bf16. Outputs
-    without a fraction must be equal.
+    Their element type alone would not do: logits that a model in bf16 returns in fp32 are as coarse as bf16. What is
+    computed from weights alone does not count: its rounding is the same in both. Outputs without a fraction must be
+    equal.
     """
     given = {value.dtype for value in outputs if isinstance(value, Tensor) and value.dtype in BY_TYPE}
     if not given:
         return 0.0
-    computed = {dtype(node) for node in program.graph.nodes if _rounds(node)}
+    computed = {dtype(node) for node in _reached(program) if _rounds(node)}
     return max(BY_TYPE[kind] for kind in given | computed)
+
+
+def _reached(program: Program) -> set[fx.Node]:
+    """The user's inputs, and all that is computed from their numbers."""
+    found = set(program.user_inputs())
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.sym_size.int and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _rounds(node: fx.Node) -> bool:

@@ -30,6 +30,18 @@ def test_the_coarsest_type_decides(function: Callable[[Tensor], Tensor], coarses
     assert tolerance(captured(function, (X,)), [function(X)]) == BY_TYPE[coarsest]
 
 
+def test_weights_that_are_stored_in_bf16_make_no_model_of_fp32_coarser() -> None:
+    class Stored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scale = (nn.Parameter(numbers(*size, dtype=torch.bfloat16)) for size in ((8, 8), (8, 1)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, (self.weight * self.scale).float())
+
+    assert tolerance(captured(Stored(), (X,)), [X]) == BY_TYPE[torch.float32]
+
+
 def test_outputs_without_a_fraction_must_be_equal() -> None:
     assert tolerance(captured(lambda x: x.half().sin().argmax(-1), (X,)), [X.argmax(-1), None, 3]) == 0.0
 
