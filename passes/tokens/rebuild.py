@@ -173,8 +173,7 @@ def _mean(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: int
     weights = rebuild.stages.weights(build, stage, span)
     if weights is None:
         return build.call(old.target, rebuild.value(source), *old.args[1:], **old.kwargs)  # type: ignore[arg-type]
-    if dtype(source) == torch.float64:
-        weights = build.call(aten.to.dtype, weights, torch.float64)
+    weights = _as_summed(build, old, weights)
     share = build.call(aten.div.Tensor, weights, build.call(aten.sum.dim_IntList, weights, [-1], True))
     return _weighted(rebuild, build, old, share, layout, stage)
 
@@ -188,7 +187,14 @@ def _sum(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage: int)
     weights = rebuild.stages.weights(build, stage, span)
     if weights is None:
         return build.call(old.target, rebuild.value(source), *old.args[1:], **old.kwargs)  # type: ignore[arg-type]
-    return _weighted(rebuild, build, old, weights, layout, stage)
+    return _weighted(rebuild, build, old, _as_summed(build, old, weights), layout, stage)
+
+
+def _as_summed(build: Builder, old: fx.Node, weights: fx.Node) -> fx.Node:
+    """Sizes in the type that a reduction adds in, where fp32 would round what it adds: in fp64 and whole numbers."""
+    kind = torch.promote_types(dtype(old.all_input_nodes[0]), dtype(old))
+    exact = kind == torch.float64 or not (kind.is_floating_point or kind.is_complex)
+    return build.call(aten.to.dtype, weights, kind) if exact else weights
 
 
 def _weighted(rebuild: Rebuild, build: Builder, old: fx.Node, weights: fx.Node, layout: Layout, stage: int) -> fx.Node:

@@ -78,6 +78,22 @@ def test_equal_tokens_are_computed_once_whatever_reads_the_result(
     assert entry.exactness == "reassociated" and entry.new_nodes == (f"{TOKENS - distinct} of {TOKENS} tokens",)
 
 
+def test_whole_numbers_are_added_up_exactly() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedded = Embedded("padding", "every token", [(False, False)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ((self.embedded(x) > 0).long() * (2**24 + 1)).sum(1)  # the number is none of fp32
+
+    model = Counted().double()
+    program = recognised(model, (numbers(2, 4, WIDTH),))
+    merged(program)
+    assert lengths(program) == [(5, 5)]
+    assert torch.equal(outputs(program)[0], model(*program.example))
+
+
 class Layers(nn.Module):
     """A class token, four numbers from the input, and one register token seven times; two layers of attention.
 
