@@ -78,6 +78,18 @@ def test_members_of_cells_are_found_and_put_back_where_the_image_lies() -> None:
 
 
 @needs_native
+def test_members_of_cells_of_any_batch_are_found_without_a_new_capture() -> None:
+    model = seeded(lambda: super_tokens.SuperTokens(64, 4, 4, 4))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    fast = regraft.compile(model, (draw(4, 64, 16, 16),), dynamic=({0: batch},))
+    for count in (2, 7):
+        x = draw(count, 64, 16, 16, seed=count)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(fast.entries) == 1 and not fast.report.events
+
+
+@needs_native
 def test_the_likeness_of_neighbours_is_one_pass() -> None:
     result = compiled(seeded(hnet.HNet), X)
     assert "fused_native" in result.lowered()
