@@ -103,7 +103,8 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 def _mixes(node: fx.Node) -> bool:
     """A linear layer from as many numbers to as many: it mixes heads."""
-    return is_call(node, (aten.linear.default,)) and size_equal(*shape(node.args[1]))  # type: ignore[arg-type]
+    sizes = shape(node.args[1]) if is_call(node, (aten.linear.default,)) else ()  # type: ignore[arg-type]
+    return len(sizes) == 2 and size_equal(*sizes)
 
 
 def _walk(

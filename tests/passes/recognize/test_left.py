@@ -113,6 +113,7 @@ SILENT = {
     "found": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, HEADS),
     "a softmax of no products": (lambda x: x.softmax(-1) @ x.mT, (X,)),
     "scores of labels": (lambda x, y: (x @ y.mT).softmax(-1), (X, X)),
+    "scores summed up by a vector": (lambda x, y, v: F.linear((x @ y.mT).softmax(-1), v), (X, X, X[0, :, 0])),
     "a unit length": (lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-6), (X,)),
     "a number a row": (lambda x: x / (x.sum(-1, keepdim=True) + 1e-6), (X,)),
     "features of angles": (lambda x: torch.cat([(x * 3).cos(), (x * 3).sin()], -1), (X,)),
