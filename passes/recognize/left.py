@@ -207,20 +207,19 @@ def _rotations(program: Program) -> Iterator[_Site]:
                 reason = (
                     "cos and sin of one angle weigh two tensors that are not halves or neighbours as a rope has them"
                 )
-                about = {total, *total.users, *total.all_input_nodes, *turned[0], *turned[1]}
+                about = {total, *total.users, *total.all_input_nodes}
                 yield _Site(RecognizeRope(), total, frozenset(about), reason)
-                break
 
 
-def _turned_by(table: fx.Node, program: Program) -> set[fx.Node]:
-    """The products of activations with a table, or with what is made of it by maps and views."""
-    products, pending, seen = set(), [table], {table}
+def _turned_by(table: fx.Node, program: Program) -> dict[fx.Node, None]:
+    """The products of activations with a table, or with what is made of it by maps and views, as they are met."""
+    products, pending, seen = dict[fx.Node, None](), [table], {table}
     while pending:
         node = pending.pop()
         for user in node.users:
             others = [n for n in user.all_input_nodes if n is not node and is_tensor(n)]
             if is_call(user, (aten.mul.Tensor,)) and any(not program.is_made_of_weights(n) for n in others):
-                products.add(user)
+                products[user] = None
             elif user not in seen and (is_pointwise(user) or is_view(user) or user.target in _MOVES):
                 seen.add(user)
                 pending.append(user)

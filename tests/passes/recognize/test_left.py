@@ -103,6 +103,19 @@ def _rolled(x: Tensor) -> Tensor:
     return x * ANGLES.cos() + x.roll(WIDTH // 2, -1) * (ANGLES.sin() * sign)
 
 
+def _rolled_together(q: Tensor, k: Tensor) -> Tensor:
+    cos, sin = ANGLES.cos(), ANGLES.sin()
+    query = q * cos + q.flip(-1) * sin
+    key = k * cos + k.flip(-1) * sin
+    return query @ key.mT
+
+
+def test_each_rotation_by_one_table_is_reported() -> None:
+    found = refusals(_rolled_together, (X, numbers(2, LENGTH, WIDTH, seed=2)))
+    assert [refusal.recognizes for refusal in found] == ["rope", "rope"]
+    assert len({refusal.user_line for refusal in found}) == 2
+
+
 def test_rotation_out_of_the_pattern_is_reported() -> None:
     (refusal,) = refusals(_rolled, (X,))
     assert refusal.recognizes == "rope"
