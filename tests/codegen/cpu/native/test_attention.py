@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.native_operators import attend_native
 from regraft.ir.verify import relative_l2
 from tests.codegen.cpu.support import needs_native
@@ -132,6 +134,26 @@ def test_many_blocks_of_keys(window: int) -> None:
     intervals = torch.stack(((rows - window + 1).clamp(min=0), rows + 1))[:, :, None, :, None]
     wanted = formula(query, key, value, visible(intervals, length))
     assert relative_l2(run(query, key, value, intervals).double(), wanted) <= 2e-6
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads as a test asks for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 8], indirect=True)
+def test_keys_are_packed_by_each_task_where_there_are_heads_for_all_threads_else_once(threads: int) -> None:
+    batch, heads, kv_heads, length, keys = 2, 6, 3, 70, 131
+    query, key = draw(batch, heads, length, 20), draw(batch, kv_heads, keys, 20, seed=1)
+    value = draw(batch, kv_heads, keys, 24, seed=2)
+    packed = NATIVE.library().regraft_attention_workspace(batch, heads, kv_heads, length, keys, 20, 24)
+    assert (packed == 0) == (threads == 1)
+    wanted = formula(query, key, value, torch.ones(1, 1, length, keys, dtype=torch.bool))
+    assert relative_l2(run(query, key, value, None).double(), wanted) <= 2e-6
 
 
 @pytest.mark.parametrize("length", [1, 3, 20])
