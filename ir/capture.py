@@ -182,7 +182,7 @@ def _export_once(
 ) -> tuple[ExportedProgram, Notes]:
     def export() -> ExportedProgram:
         with torch.no_grad(), masks_as_given():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(model, *_apart(args, kwargs), dynamic_shapes=shapes, strict=False)
 
     for hint in (contextlib.nullcontext, as_if_not_compiled):
         notes = Notes(layout_read=isinstance(model, fx.GraphModule) and reads_layout(model))
@@ -199,6 +199,14 @@ def _export_once(
     state = ModelState(model)
     _own_failure(model, args, kwargs)
     return exported, Notes(layout_read=True, changed=state.changes())  # nobody looked: take it to
+
+
+def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs, each a tensor object of its own: torch.export takes one that is given twice, or is a weight of the
+    model too, for one input, and the program would read it for both in every call."""
+    apart: tuple[tuple[Any, ...], dict[str, Any]]
+    apart = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
+    return apart
 
 
 #: What torch prints about an export that fails, before it raises: pages that our one sentence stands for.

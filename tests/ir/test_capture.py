@@ -93,6 +93,23 @@ def test_buffer_mutation_becomes_an_output_and_the_module_is_left_alone() -> Non
     assert program.weights.originals["count"] is model.count
 
 
+class Summed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        return 100 * x + 10 * parts["one"] + parts["other"] + self.weight
+
+
+def test_a_tensor_that_is_given_twice_or_is_a_weight_is_another_input_each_time() -> None:
+    model, x = Summed(), torch.ones(3)
+    for given in ((x, {"one": x, "other": x}), (model.weight, {"one": x, "other": x.view(3)})):
+        program = capture(model.eval(), given)
+        (result,) = program.callable()(torch.full((3,), 4.0), torch.full((3,), 3.0), torch.full((3,), 2.0))
+        assert torch.equal(result, torch.full((3,), 433.0))
+
+
 def test_in_place_operators_on_intermediates_become_functional() -> None:
     class InPlace(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
