@@ -117,8 +117,7 @@ class _Bracket:
         remove = min(remove, most_removable(tokens, "bipartite", 0, 0))
         stages = Stages(tokens, 0, inside.meta["val"].device)
         rebuild = Rebuild(self.program, walk, stages)
-        weights_before = self.program.weight_count()
-        try:
+        with rebuild.whole():
             build = rebuild.builder(inside.next, inside)
             stages.batch = batch_size(build, inside, walk.layouts[inside])
             planner = Planner(self.program, Method(options.metric, "bipartite"), options.seed, 0, 0)
@@ -127,12 +126,6 @@ class _Bracket:
             rebuild.stage[inside] = stages.last
             for node in list(walk.steps):
                 rebuild.node(node)
-            rebuild.commit()
-        except Refused:
-            rebuild.take_back()
-            for placeholder in self.program.weight_placeholders()[weights_before:]:
-                self.program.forget_weight(placeholder)
-            raise
         return remove
 
     def _walk(self, inside: fx.Node, join: fx.Node) -> Walk:

@@ -151,13 +151,12 @@ class _Merge:
     def write(self) -> _EqualRebuild:
         """Write it. Raises ``Refused``, and changes nothing then."""
         start, layout = self.start, self.walk.layouts[self.start]
-        weights_before = self.program.weight_count()
         stages = EqualStages(self.walk.tokens, 0, start.meta["val"].device, labels=self.labels, equal=self.equal)
         rebuild = _EqualRebuild(self.program, self.walk, stages)
-        build = rebuild.builder(_behind_inputs(start), start)
-        stages.batch = batch_size(build, start, layout)
-        stages.begin(build, self.program)
-        try:
+        with rebuild.whole():
+            build = rebuild.builder(_behind_inputs(start), start)
+            stages.batch = batch_size(build, start, layout)
+            stages.begin(build, self.program)
             rebuild.new[start] = stages.bring(build, start, layout, (0, 1), layout, merge=False)
             rebuild.stage[start] = 1
             for node in list(self.program.graph.nodes):
@@ -165,12 +164,6 @@ class _Merge:
                     rebuild.node(node)
             if not any(node.target is ops.attention for node in rebuild.made):
                 raise next(iter(rebuild.told_apart.values()), Refused("no attention follows", start))
-            rebuild.commit()
-        except Refused:
-            rebuild.take_back()
-            for placeholder in self.program.weight_placeholders()[weights_before:]:
-                self.program.forget_weight(placeholder)
-            raise
         return rebuild
 
 

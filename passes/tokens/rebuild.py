@@ -6,7 +6,8 @@ value has its old shape, so that readers outside the walk can be given the new o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,21 @@ class Rebuild:
             return self.value(operand)
         return self.stages.restore(build, self.value(operand), layout, self.stage.get(operand, 0))
 
-    def commit(self) -> None:
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """What is written inside counts as a whole: the rest of the graph reads it at the end, and where something is
+        ``Refused``, which goes on to the caller, its nodes and weights are taken back."""
+        weights_before = self.program.weight_count()
+        try:
+            yield
+            self._commit()
+        except Refused:
+            self._take_back()
+            for placeholder in self.program.weight_placeholders()[weights_before:]:
+                self.program.forget_weight(placeholder)
+            raise
+
+    def _commit(self) -> None:
         """Let the rest of the graph read the new nodes. Raises ``Refused`` where one has another shape or type."""
         for old, new in self.settled.items():
             reason = check_shapes(old, new)
@@ -120,7 +135,7 @@ class Rebuild:
         for old, new in self.settled.items():
             old.replace_all_uses_with(new, lambda user: user not in fresh, propagate_meta=False)
 
-    def take_back(self) -> None:
+    def _take_back(self) -> None:
         """Erase all that was made."""
         for node in reversed(self.made):
             self.program.graph.erase_node(node)

@@ -116,22 +116,18 @@ class _Run:
         anchors = {site.anchor: site for site in self.wanted}
         observed = {site.anchor: site for site in self.found.sites.values()} if self.method.running else {}
         made: list[tuple[Site, int]] = []
-        weights_before = self.program.weight_count()
         node = first
         try:
-            for node in list(self.program.graph.nodes):
-                if node in walk.steps:
-                    rebuild.node(node)
-                if node in anchors:
-                    removed = self._reduce(rebuild, anchors[node])
-                    made += [(anchors[node], removed)] if removed else []
-                elif node in observed:
-                    self._observe(rebuild, observed[node])
-            rebuild.commit()
+            with rebuild.whole():
+                for node in list(self.program.graph.nodes):
+                    if node in walk.steps:
+                        rebuild.node(node)
+                    if node in anchors:
+                        removed = self._reduce(rebuild, anchors[node])
+                        made += [(anchors[node], removed)] if removed else []
+                    elif node in observed:
+                        self._observe(rebuild, observed[node])
         except Refused as refused:
-            rebuild.take_back()
-            for placeholder in self.program.weight_placeholders()[weights_before:]:
-                self.program.forget_weight(placeholder)
             at = refused if refused.node is not None else Refused(refused.reason, node)
             self.session.log.refusals += [refusal(self.options.name, site.attention, at) for site in self.wanted]
             return 0

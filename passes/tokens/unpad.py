@@ -64,7 +64,7 @@ class Unpad(Pass):
     def _rewrite(self, program: Program, walk: Walk, start: fx.Node, mask: fx.Node) -> None:
         stages = Packing(walk.tokens, 0, start.meta["val"].device)
         rebuild = PackedRebuild(program, walk, stages)
-        try:
+        with rebuild.whole():
             build = rebuild.builder(max(_after_inputs(start), mask).next, start)
             stages.batch = batch_size(build, start, walk.layouts[start])
             steps = walk.steps.values()
@@ -79,10 +79,6 @@ class Unpad(Pass):
                 if node in walk.steps:
                     self._check_padding(rebuild, node, mask)
                     rebuild.node(node)
-            rebuild.commit()
-        except Refused:
-            rebuild.take_back()
-            raise
 
     def _check_padding(self, rebuild: PackedRebuild, node: fx.Node, mask: fx.Node) -> None:
         """What is put back is zero at the padding: nobody may see another value there."""
