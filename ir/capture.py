@@ -19,7 +19,13 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
-from regraft.ir.capture_dynamic import call_signature, check_symbols, dynamic_shapes, spelled_keywords
+from regraft.ir.capture_dynamic import (
+    call_signature,
+    check_symbols,
+    dynamic_shapes,
+    settle_equal_sizes,
+    spelled_keywords,
+)
 from regraft.ir.capture_error import CaptureError, first_line, unknown_output, why_not_traced
 from regraft.ir.capture_hints import as_if_not_compiled, masks_as_given
 from regraft.ir.capture_imports import export_trace
@@ -79,6 +85,7 @@ def capture(
     program = from_exported(exported, [])
     program.reads_layout = notes.layout_read
     program.example = flat_inputs(program.in_spec, args, kwargs)
+    settle_equal_sizes(program)
     check_symbols(program.graph, program.user_inputs(), dynamic)
     return program
 

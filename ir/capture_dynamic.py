@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
@@ -16,6 +17,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from regraft.ir.capture_error import CaptureError
 from regraft.ir.capture_state import replaced_forward
+from regraft.ir.conditions import conditions_of
+from regraft.ir.program import Program
 
 _LOG = logging.getLogger("regraft")
 
@@ -85,6 +88,23 @@ def _refuse_small(name: str, value: Tensor) -> None:
                 "torch.export would fix for good; give an example with sizes of at least 2, or a dynamic_shapes "
                 "specification that names the symbolic dimensions"
             )
+
+
+def settle_equal_sizes(program: Program) -> None:
+    """Make one symbol of two that a branch of the model found equal as a part of sums: export keeps ``a + c == b + c``
+    as a condition, and nothing that compares sizes would see that ``a`` is ``b``."""
+    shape_env = program.fake_mode.shape_env
+    for condition in conditions_of(program):
+        if shape_env is None or not isinstance(condition, sympy.Eq):
+            continue
+        difference = shape_env.replace(condition.lhs - condition.rhs).expand()
+        symbols = sorted(difference.free_symbols, key=str)
+        if len(symbols) == 2 and difference in (symbols[0] - symbols[1], symbols[1] - symbols[0]):
+            kept, gone = symbols
+            shape_env._set_replacement(gone, kept, "a condition of the model")
+            ranges = program.range_constraints
+            if shape_env.replace(gone) == kept and gone in ranges:
+                ranges[kept] = ranges.get(kept, ranges[gone]) & ranges.pop(gone)
 
 
 def check_symbols(graph: fx.Graph, user_inputs: list[fx.Node], dynamic: Any) -> None:

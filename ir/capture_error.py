@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 import traceback
 
@@ -12,7 +13,8 @@ from regraft.ir.errors import RegraftError
 from regraft.ir.nodes import INTERNAL
 
 _VALUES_ASKED = (GuardOnDataDependentSymNode, DataDependentOutputException)
-_UNKNOWN_OUTPUT = re.compile(r"Found <class '([^']+)'> in output, which is not a known type")
+#: Newer and older releases of torch; the older only stumbles over a dataclass that compares by value.
+_UNKNOWN_OUTPUT = re.compile(r"Found <class '([^']+)'> in output, which is not a known type|unhashable type: '([^']+)'")
 
 
 class CaptureError(RegraftError, ValueError):
@@ -37,4 +39,5 @@ def why_not_traced(error: BaseException) -> str:
 def unknown_output(error: BaseException) -> str | None:
     """The name of the class among the outputs whose parts torch does not know, where an export failed of that."""
     found = _UNKNOWN_OUTPUT.search(str(error))
-    return None if found is None else found[1].rpartition(".")[2]
+    name = "" if found is None else (found[1] or found[2]).rpartition(".")[2]
+    return None if not name or hasattr(builtins, name) else name

@@ -16,6 +16,8 @@ from torch import Tensor
 _PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4, which Python does not name
 _WORTH_IT = 1 << 19  # bytes
 _MAPPINGS = Path("/proc/self/maps")
+_FROZEN_BY_PYTHON = 1000  # objects at most: 3.12 starts with some hundreds
+_set_apart = False  # inside ``no_cycle_search``: to ask Python, which counts frozen objects, takes tens of milliseconds
 
 
 @functools.cache
@@ -68,16 +70,20 @@ def _in_a_file(start: int, end: int) -> bool:
 def no_cycle_search() -> Iterator[None]:
     """Python's search for reference cycles rests meanwhile. It visits every object that lives: while a graph grows,
     that makes each step take longer than the one before. ``drop_cycles`` looks at those that were made inside."""
+    global _set_apart
     searched = gc.isenabled()
     gc.disable()
-    apart = gc.get_freeze_count() == 0  # else whoever froze them thaws them
-    if apart:
+    outermost = not _set_apart
+    freezes = outermost and gc.get_freeze_count() <= _FROZEN_BY_PYTHON  # else whoever froze them thaws them
+    if freezes:
         gc.freeze()
+    _set_apart = True
     try:
         yield
     finally:
-        if apart:
+        if freezes:
             gc.unfreeze()
+        _set_apart = not outermost
         if searched:
             gc.enable()
 
@@ -85,5 +91,5 @@ def no_cycle_search() -> Iterator[None]:
 def drop_cycles() -> None:
     """Let go of cycles that a phase has left, without a look at what was there before: an export leaves tens of
     thousands of objects, whose place the next phase can use. Does nothing outside ``no_cycle_search``."""
-    if gc.get_freeze_count():
+    if _set_apart:
         gc.collect()

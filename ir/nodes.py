@@ -12,8 +12,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 
+_UNKNOWN_SIZE = 8192  # torch's own estimate
 #: Frames of PyTorch and of the capture are not the user's code.
 INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -43,8 +45,14 @@ def is_tensor(node: Any) -> bool:
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
-    """Sizes of a tensor node: ints, or ``torch.SymInt`` where symbolic."""
-    return tuple(tensor_value(node).shape)
+    """Sizes of a tensor node: ints, or ``torch.SymInt`` where symbolic. One that the model settled behind this node is
+    an int, too."""
+    return tuple([size if type(size) is int else _settled(size) for size in tensor_value(node).shape])
+
+
+def _settled(size: Any) -> Any:
+    known = _expression(size)
+    return int(known) if known.is_Integer else size
 
 
 def dtype(node: fx.Node) -> torch.dtype:
@@ -60,6 +68,11 @@ def rank(node: fx.Node) -> int:
 def is_call(node: Any, targets: Iterable[Any]) -> bool:
     """Whether ``node`` calls one of ``targets``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws its result anew each time, by the operator's tags."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def is_view(node: fx.Node) -> bool:
@@ -114,14 +127,27 @@ def sizes_equal(left: Iterable[Any], right: Iterable[Any]) -> bool:
 
 
 def size_equal(left: Any, right: Any) -> bool:
-    """Whether two sizes are provably equal; never guards on a symbol."""
+    """Whether two sizes are provably equal, also by what the model itself asks of them; never guards on a symbol."""
     if isinstance(left, fx.Node):
         left = left.meta.get("val")
     if isinstance(right, fx.Node):
         right = right.meta.get("val")
     if isinstance(left, torch.SymInt) or isinstance(right, torch.SymInt):
-        return bool(_expression(left) == _expression(right))
+        return bool(_expression(left) == _expression(right)) or _asked_equal(left, right)
     return bool(left == right)
+
+
+def _asked_equal(left: Any, right: Any) -> bool:
+    """Whether sizes that are spelled differently are equal by the conditions under which the program runs at all. What
+    is asked of a symbol alone is its value already."""
+    sizes = (left, right)
+    if any(not isinstance(size, (int, torch.SymInt)) for size in sizes) or concrete(left) != concrete(right):
+        return False
+    if all(isinstance(size, int) or size.node.expr.is_Symbol for size in sizes):
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy takes a moment to load
+
+    return statically_known_true(left == right)
 
 
 def _expression(size: Any) -> Any:
@@ -136,7 +162,16 @@ def concrete(size: Any) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
     known = size.node.hint
-    return int(size.node.shape_env.optimization_hint(size.node.expr) if known is None else known)
+    return _estimate(size) if known is None else int(known)
+
+
+def _estimate(size: torch.SymInt) -> int:
+    """What a size that only the data tell is taken for."""
+    estimated = getattr(size.node.shape_env, "optimization_hint", None)  # of torch 2.12
+    if estimated is not None:
+        return int(estimated(size.node.expr))
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, _UNKNOWN_SIZE)))
 
 
 def last_two_swapped(rank: int) -> list[int]:
@@ -160,7 +195,8 @@ class Builder:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new call of ``target``; raises whatever its fake kernel raises when the arguments do not fit."""
         values = fx.map_arg(args, _value_of), fx.map_arg(kwargs, _value_of)
-        with self.fake_mode, torch.no_grad():
+        # Kernels of composite operators in C++ ask for sizes as numbers, which would fix a symbol: Python's do not.
+        with self.fake_mode, torch.no_grad(), enable_python_dispatcher():
             result = target(*values[0], **values[1])
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
@@ -176,13 +212,37 @@ class Builder:
     def size(self, node: fx.Node, dim: int) -> Any:
         """The size of ``node`` along ``dim``: an int, or a node that computes it where it is symbolic.
 
-        A symbol that an input of the graph has is read there, so that ``node`` need not be kept for its size.
+        A symbol that an input of the graph has is read there, and what the graph computes as a number is taken from
+        there, so that ``node`` need not be kept for its size. ``node`` may be ``before``, which is not there yet.
         """
         size = shape(node)[dim]
         if not isinstance(size, torch.SymInt):
             return size
-        source, place = _holders(self.graph).get(_expression(size), (node, dim % rank(node)))
-        return self.call(torch.ops.aten.sym_size.int, source, place)
+        held = _holders(self.graph).get(_expression(size))
+        if held is None:
+            number = self._number(size)
+            if number is not None:
+                return number
+            held = self._operand_of_size(size) if node is self.before else (node, dim % rank(node))
+        return self.call(torch.ops.aten.sym_size.int, *held)
+
+    def _number(self, size: torch.SymInt) -> fx.Node | None:
+        """A node in front of ``before`` that is ``size`` itself, where the graph has one."""
+        node = self.before.prev
+        while node.op != "root":
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and _expression(value) == _expression(size):
+                return node
+            node = node.prev
+        return None
+
+    def _operand_of_size(self, size: torch.SymInt) -> tuple[fx.Node, int]:
+        """An operand of ``before`` and its dim of this size; raises ``ValueError`` where none has it."""
+        for node in self.before.all_input_nodes:
+            for dim, other in enumerate(shape(node) if is_tensor(node) else ()):
+                if size_equal(size, other):
+                    return node, dim
+        raise ValueError(f"the size {size} of {self.before.name} is known only once that is computed")
 
     def sizes(self, node: fx.Node) -> list[Any]:
         """The shape of ``node`` as the argument of a reshape; one size that no input has is left as -1."""

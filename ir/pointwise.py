@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from regraft.ir import ops
-from regraft.ir.nodes import is_call
+from regraft.ir.nodes import is_call, is_random
 
 aten = torch.ops.aten
 
@@ -51,4 +51,4 @@ def is_pointwise(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
-    return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
+    return torch.Tag.pointwise in target.tags and not is_random(node)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from regraft.codegen.cpu.attention_parts import bits_of, padding_mask, span_table, spans_or_bits
+from regraft.ir.nodes import is_random
 
 _MAKERS = (padding_mask, span_table, bits_of, spans_or_bits)
 
@@ -47,6 +48,6 @@ def _made_behind(maker: fx.Node, place: int, order: dict[fx.Node, int]) -> set[f
 def _is_pure(node: fx.Node) -> bool:
     if node.target in _MAKERS or node.target is operator.getitem:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+    if not isinstance(node.target, torch._ops.OpOverload) or is_random(node):
         return False
     return not node.target._schema.is_mutable

@@ -21,7 +21,7 @@ from regraft.ir.mask.expression import (
     index_dims,
     linear,
 )
-from regraft.ir.mask.interpret import Interpreter, fake, size_expression
+from regraft.ir.mask.interpret import Interpreter, fake, same_size, size_expression
 from regraft.ir.mask.length import KEY_LENGTH, QUERY_LENGTH, Length, symbol
 from regraft.ir.mask.logic import substitute
 from regraft.ir.mask.numeric import predicate_on_grid
@@ -69,6 +69,7 @@ class Describer:
         self, interpreter: Interpreter, query_length: int | torch.SymInt, key_length: int | torch.SymInt
     ) -> None:
         self.interpreter = interpreter
+        self.lengths = query_length, key_length
         self.rows, self.columns = size_expression(query_length), size_expression(key_length)
         self.tensors: list[Node] = []
         self._batch_in_front = False  # whether the mask has five dims
@@ -100,7 +101,15 @@ class Describer:
             proved = predicate_on_grid(expression, int(self.rows.value), int(self.columns.value))
             if proved is not None:
                 return proved
-        return Dense(self.slot(self.tensor(expression)))
+        held = self.tensor(expression)
+        return (Keys if self._is_of_keys(expression, held) else Dense)(self.slot(held))
+
+    def _is_of_keys(self, expression: Expression, held: Node) -> bool:
+        """Whether a node that holds an expression says of each key whether it is seen, by all rows."""
+        value = fake(held)
+        if value is None or not value.dim() or (value.dim() > 1 and value.shape[-2] != 1) or self._batch_in_front:
+            return False
+        return index_dims(expression) <= {BATCH, KEY} and size_expression(value.shape[-1]) is self.columns
 
     def _reads_numbers(self, made: Predicate) -> bool:
         """Whether a predicate is a tensor of numbers that are asked for zero: it takes eight times the memory of the
@@ -140,10 +149,11 @@ class Describer:
         value = fake(node)
         if value is None or value.dim() > 5:
             return False
-        extents, one = [size_expression(extent) for extent in reversed(value.shape)], size_expression(1)
-        if len(extents) == 5 and any(extent is not one for extent in extents[2:4]):
+        extents = list(reversed(value.shape))
+        if len(extents) == 5 and any(not same_size(extent, 1) for extent in extents[2:4]):
             return False
-        return all(extent in (want, one) for extent, want in zip(extents, (self.columns, self.rows), strict=False))
+        wanted = zip(extents, reversed(self.lengths), strict=False)
+        return all(same_size(extent, 1) or same_size(extent, want) for extent, want in wanted)
 
     def length(self, expression: Expression) -> Length:
         """An affine size in terms of ``query_len`` and ``key_len`` where it is one, else of its own
@@ -198,13 +208,12 @@ class Describer:
 
     def _vector(self, tensor: Load, dim: int) -> Node:
         """A node which reshapes to [batch or 1, length of ``dim``] and holds ``tensor``."""
-        extent = self.columns if dim == KEY else self.rows
+        extent = self.lengths[1 if dim == KEY else 0]
         value = fake(tensor.node)
         used = [place for place in tensor.indices if place is not ZERO]
         if value is not None and _in_order(used):
             whole = all(
-                size_expression(size) is (extent if place is used[-1] else size_expression(size))
-                and (place is not ZERO or size == 1)
+                (place is not used[-1] or same_size(size, extent)) and (place is not ZERO or size == 1)
                 for size, place in zip(value.shape, tensor.indices, strict=True)
             )
             if whole:
@@ -212,7 +221,7 @@ class Describer:
         for node in self.interpreter.witnesses(tensor):
             found = fake(node)
             assert found is not None
-            if found.dim() >= -dim and size_expression(found.shape[dim]) is extent:
+            if found.dim() >= -dim and same_size(found.shape[dim], extent):
                 return node
         raise Unknown
 

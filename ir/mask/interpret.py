@@ -36,6 +36,7 @@ from regraft.ir.mask.expression import (
 )
 from regraft.ir.mask.logic import boolean, map_choices, number, substitute
 from regraft.ir.mask.mutation import Mutations
+from regraft.ir.nodes import size_equal
 
 MAX_DEPTH = 64
 MAX_WEIGHT = 2048
@@ -81,7 +82,7 @@ def size_expression(value: int | torch.SymInt) -> Expression:
 
 def same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
     """Whether two sizes are provably equal, without adding a guard."""
-    return size_expression(left) is size_expression(right)
+    return size_expression(left) is size_expression(right) or size_equal(left, right)
 
 
 def fake(node: Node) -> torch.Tensor | None:

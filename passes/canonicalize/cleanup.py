@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from regraft.ir.driver import Session
+from regraft.ir.nodes import is_random
 from regraft.ir.program import Program
 from regraft.passes.base import Pass
 
@@ -63,7 +64,7 @@ class DropDeadCode(Pass):
 
 
 def _key(node: fx.Node) -> Any:
-    if node.op != "call_function" or node.is_impure() or not _deterministic(node.target):
+    if node.op != "call_function" or node.is_impure() or is_random(node):
         return None
     try:
         key = (node.target, _frozen(node.args), _frozen(node.kwargs))
@@ -71,10 +72,6 @@ def _key(node: fx.Node) -> Any:
     except TypeError:
         return None
     return key
-
-
-def _deterministic(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ())
 
 
 def _frozen(value: Any) -> Any:

@@ -17,10 +17,12 @@ from regraft.passes.canonicalize import (
     cosine,
     einsum,
     products,
+    prototypes,
     reductions,
     repeat,
     softmaxes,
     views,
+    written,
 )
 from regraft.passes.canonicalize.cleanup import DropAssertions, DropDeadCode, MergeCommonSubexpressions
 
@@ -50,8 +52,10 @@ class Simplify(RulePass):
         *activations.SPELLINGS,
         *reductions.SPELLINGS,
         *products.SPELLINGS,
+        *prototypes.SPELLINGS,
         *repeat.SPELLINGS,
         *softmaxes.SPELLINGS,
+        *written.SPELLINGS,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from regraft.ir.driver import Session
-from regraft.ir.nodes import is_tensor, user_line
+from regraft.ir.nodes import is_random, is_tensor, user_line
 from regraft.ir.probe import Pool, Probe
 from regraft.ir.program import Program
 from regraft.ir.records import Application
@@ -82,7 +82,7 @@ def _constant_nodes(program: Program) -> dict[fx.Node, bool]:
     for node in program.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags or not _is_static(node.meta.get("val")):
+        if is_random(node) or not _is_static(node.meta.get("val")):
             continue
         sources = node.all_input_nodes
         if all(source in constant or _is_fixed(program, source, mutated) for source in sources):

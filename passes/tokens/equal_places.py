@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from regraft.ir import ops
-from regraft.ir.nodes import FILLED_LIKE, arguments, is_tensor, rank, shape, size_equal
+from regraft.ir.nodes import FILLED_LIKE, arguments, is_random, is_tensor, rank, shape, size_equal
 from regraft.ir.pointwise import is_pointwise
 from regraft.ir.probe import Pool, Probe, ProbeError
 from regraft.ir.program import Program
@@ -107,8 +107,7 @@ class EqualPlaces:
             return name is not None and name not in self._mutated
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return False
-        random = torch.Tag.nondeterministic_seeded in node.target.tags
-        return not random and all(map(self._is_fixed, node.all_input_nodes))
+        return not is_random(node) and all(map(self._is_fixed, node.all_input_nodes))
 
 
 def first_places(keys: Iterable[Hashable]) -> Labels:

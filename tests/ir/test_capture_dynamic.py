@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from regraft.guard import SymbolicGuard
 from regraft.ir.capture import CaptureError, capture
 from regraft.ir.capture_dynamic import is_symbol
+from regraft.ir.nodes import size_equal
 from regraft.ir.program import Program
+from tests.support import AsModule
 
 
 def symbolic(program: Program) -> list[list[bool]]:
@@ -92,3 +95,15 @@ def test_a_model_that_fixes_every_size_is_refused() -> None:
             return x + torch.ones(2, 3)
 
     assert "only at the example's sizes (x [2, 3])" in refusal(Fixed().eval(), (torch.randn(2, 3),), dynamic=True)
+
+
+def test_sizes_that_are_equal_as_parts_of_sums_are_one_symbol() -> None:
+    def joined(first: Tensor, second: Tensor, kept: Tensor) -> Tensor:
+        return torch.cat([first, second]) * torch.cat([kept, torch.ones_like(second)])
+
+    program = capture(AsModule(joined).eval(), (torch.ones(2), torch.ones(3), torch.ones(2)), dynamic=True)
+    first, _, kept = (node.meta["val"].shape[0] for node in program.user_inputs())
+    assert is_symbol(first) and size_equal(first, kept)
+    guard = SymbolicGuard(program)
+    assert guard.fits([torch.ones(5), torch.ones(3), torch.ones(5)])
+    assert not guard.fits([torch.ones(5), torch.ones(3), torch.ones(4)])

@@ -13,6 +13,7 @@ from regraft.ir.nodes import (
     concrete,
     dtype,
     is_call,
+    is_random,
     is_tensor,
     rank,
     shape,
@@ -48,6 +49,12 @@ def test_facts_of_a_tensor_node() -> None:
     node = call_of(program_of_scaled(), aten.add.Tensor)
     assert is_tensor(node) and is_call(node, (aten.add.Tensor,)) and not is_call(node, (aten.mul.Tensor,))
     assert (shape(node), dtype(node), rank(node)) == ((3, 4), torch.float32, 2)
+
+
+def test_what_draws_random_numbers_says_so() -> None:
+    program = capture(AsModule(lambda x: torch.rand_like(x) + x).eval(), (torch.zeros(2, 2),))
+    assert is_random(call_of(program, aten.rand_like.default)) and not is_random(call_of(program, aten.add.Tensor))
+    assert not is_random(program.output_node)
 
 
 def test_output_stands_for_no_tensor() -> None:
@@ -125,3 +132,29 @@ def test_sizes_of_a_reshape_leave_one_unknown() -> None:
     softmax = call_of(program, aten.softmax.int)
     assert build.sizes(softmax) == [build.made[-1], 4]
     assert build.sizes(build.call(aten.cat.default, [softmax, softmax], 0)) == [-1, 4]  # twice the batch
+
+
+def test_a_size_that_the_graph_computes_is_taken_from_there() -> None:
+    program = capture(
+        AsModule(lambda x: x.reshape(x.shape[0] * x.shape[1]).softmax(-1)).eval(), (torch.zeros(3, 4),), dynamic=True
+    )
+    softmax = call_of(program, aten.softmax.int)
+    size = builder(program).size(softmax, 0)
+    assert not isinstance(size.meta["val"], Tensor) and softmax not in size.all_input_nodes
+
+
+def test_a_size_of_the_node_that_is_built_for_is_read_from_its_operands() -> None:
+    program = capture(AsModule(lambda x: torch.cat([x, x]).softmax(-1)).eval(), (torch.zeros(3, 4),), dynamic=True)
+    softmax = call_of(program, aten.softmax.int)
+    size = Builder(program.graph, softmax, program.fake_mode).size(softmax, 0)
+    assert size.args == (call_of(program, aten.cat.default), 0)
+    program.graph.lint()
+
+
+def test_a_size_that_is_settled_behind_a_node_is_a_number_there_too() -> None:
+    def scaled_sum(x: Tensor) -> Tensor:
+        return x.square() * torch.ones(4)
+
+    program = capture(AsModule(scaled_sum).eval(), (torch.zeros(3, 4),), dynamic=True)
+    square = next(node for node in program.graph.nodes if node.op == "call_function")
+    assert type(shape(square)[1]) is int and isinstance(shape(square)[0], torch.SymInt)

@@ -102,6 +102,7 @@ BOOLEAN: list[tuple[str, Callable[[Tensor], Tensor]]] = [
     ("band(None,0)", lambda i: torch.cat([causal(i), causal(i)], 1)[:, : i.shape[1]]),
     ("rows(0)", lambda i: (i != 0)[:, None, :, None].expand(-1, 1, -1, i.shape[1])),
     ("lengths(0)", lambda i: (k(i) < i.sum(1)[:, None])[:, None, None].expand(-1, 1, i.shape[1], -1)),
+    ("keys(0)", lambda i: (torch.nn.functional.pad(i, (1, 0), value=1)[:, :-1] > 0)[:, None, None]),
 ]
 
 
