@@ -29,7 +29,8 @@ _NEIGHBOUR, _NEIGHBOUR_ROWS = 512, 64  # features and rows of the product that i
 _UNKNOWN_ROWS = 256  # where their number is symbolic
 _MOST_PRODUCTS = 1 << 27  # of numbers, in a layer that is measured: more take longer, and tell nothing else
 _ENOUGH_ROWS, _ENOUGH_COLUMNS = 192, 1024  # are measured whatever that makes
-_MOST_NUMBERS = 1 << 20  # of a weight or of results
+_MOST_NUMBERS = 1 << 19  # of a weight or of results
+_WHOLE_PANELS = 128  # columns: a kernel must not be measured on a last panel that its layer does not have
 _NO_EPILOGUE: dict[str, Any] = {
     "has_bias": False,
     "activation": "none",
@@ -149,7 +150,8 @@ class Tuner:
         names = applicable(shape)
         seconds: dict[str, float] = {}
         rows = _measured_rows(shape)
-        weight = weight[: max(_MOST_NUMBERS // max(shape.in_features, rows, 1), _ENOUGH_COLUMNS)]
+        columns = _MOST_NUMBERS // max(shape.in_features, rows, 1)
+        weight = weight[: max(columns // _WHOLE_PANELS * _WHOLE_PANELS, _ENOUGH_COLUMNS)]
         shape = replace(shape, rows=rows, out_features=weight.shape[0])
         if len(names) > 1:
             given = _activations(shape)
@@ -166,8 +168,6 @@ class Tuner:
     def _measure_attention(self, shape: AttentionShape, sample: Sample) -> tuple[str, dict[str, float]]:
         """Keys and values come from the layer before: nothing is cold. A mask that calls make is made once for all
         sites that share it: each bears its part."""
-        for run in sample.runs.values():
-            run()
         seconds = _interleaved(sample.runs)
         for name, taken in _interleaved(sample.makes).items():
             seconds[name] += taken / shape.sharing
@@ -195,9 +195,10 @@ class _Candidate:
     module: fx.GraphModule
     operands: list[Tensor]
 
-    def __call__(self) -> None:
+    def __call__(self) -> Tensor:
         with torch.no_grad():
-            self.module(*self.operands)
+            result: Tensor = self.module(*self.operands)
+        return result
 
     def release(self) -> None:
         """Let go of the packed weight now: a graph module and its graph hold each other until the next collection,
@@ -250,12 +251,18 @@ def _interleaved(
     rehearsals: Mapping[str, Callable[[], Any] | None] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Best seconds of each, called in turn until the time is used up: noise then hits all alike. What the neighbour
-    loses by coming after a kernel counts as the kernel's own time."""
+    loses by coming after a kernel counts as the kernel's own time.
+
+    A result is held until the next: were it freed at once, the C library might give its pages back, and each call would
+    be measured with the faults that bring them again. In a model they are there."""
     beside = neighbour or (lambda: None)
     alone = float("inf")
+    held = None
+    for run in runs.values():
+        held = run()
 
     def seconds(name: str) -> float:
-        nonlocal alone
+        nonlocal alone, held
         prepare()
         (rehearsals.get(name) or beside)()
         beside()
@@ -263,7 +270,7 @@ def _interleaved(
         beside()
         alone = min(alone, time.perf_counter() - started)
         started = time.perf_counter()
-        runs[name]()
+        held = runs[name]()
         beside()
         return time.perf_counter() - started
 

@@ -5,6 +5,8 @@
 #include "product.h"
 
 constexpr int64_t MOST_ROWS = 72;  // whose results of one panel stay in the first cache
+constexpr int64_t MANY_FLOATS = 1 << 22;  // of x: more leave the caches before the next panel reads them again
+constexpr int64_t AHEAD = 8;  // rows of an epilogue that are asked for early: its parts of rows lie too far apart to guess
 
 struct Linear {
     const float *x, *weight;  // [rows, depth], [panels, depth, PANEL]
@@ -23,6 +25,7 @@ static void finish(const Linear &s, int64_t first_row, int64_t rows, int64_t fir
         int64_t row = first_row + r;
         const float *multiplier = s.multiplier ? s.multiplier + row * s.multiplier_stride + first_column : nullptr;
         const float *residual = s.residual ? s.residual + row * s.residual_stride + first_column : nullptr;
+        for (int64_t j = 0; residual && j < columns; j += LANES) __builtin_prefetch(residual + AHEAD * s.residual_stride + j);
         for (int64_t j = 0; j < columns; j += LANES) {
             int64_t count = smaller((int64_t)LANES, columns - j);
             auto part = [&](const float *at) { return count == LANES ? load(at) : load_part(at, count); };
@@ -48,6 +51,8 @@ extern "C" void regraft_linear(const Linear *given) {
     // Blocks of one size: each reads the panel anew, however few its rows are.
     int64_t block = blocks ? round_up(ceil_div(s.rows, blocks), TILE_ROWS) : TILE_ROWS;
     bool epilogue = s.activation || s.multiplier || s.residual;
+    // Each panel meets all rows, so that a weight comes from memory once, or each block of rows all panels.
+    bool by_rows = s.rows * s.depth > MANY_FLOATS && s.rows > s.columns;
     float last[PANEL] = {};  // the last panel's bias, with zeros behind it
     if (s.bias) memcpy(last, s.bias + (panels - 1) * PANEL, (s.columns - (panels - 1) * PANEL) * sizeof(float));
 #pragma omp parallel
@@ -57,7 +62,8 @@ extern "C" void regraft_linear(const Linear *given) {
         int64_t task = share(panels * blocks, thread, threads), end = share(panels * blocks, thread + 1, threads);
         const float *next = s.next ? s.next + share(s.next_panels, thread, threads) * s.next_panel : nullptr;
         for (; task < end; task++) {
-            int64_t panel = task / blocks, first = task % blocks * block, column = panel * PANEL;
+            int64_t panel = by_rows ? task % panels : task / blocks, column = panel * PANEL;
+            int64_t first = (by_rows ? task / panels : task % blocks) * block;
             int64_t rows = smaller(block, s.rows - first), columns = smaller((int64_t)PANEL, s.columns - column);
             float *to = s.out + first * s.columns + column;
             bool direct = columns == PANEL && !epilogue;
@@ -67,7 +73,7 @@ extern "C" void regraft_linear(const Linear *given) {
             int64_t floats = 0;
             if (task + 1 == end)
                 after = next, floats = next ? s.next_panel : 0;
-            else if (first + rows == s.rows)
+            else if (first + rows == s.rows && !by_rows)
                 after = weight + s.depth * PANEL, floats = s.depth * PANEL;
             product(rows, PANEL, s.x + first * s.x_stride, s.x_stride, weight, PANEL, s.depth, direct ? to : scratch,
                     direct ? s.columns : PANEL, false, bias, after, floats);

@@ -84,6 +84,15 @@ def test_odd_sizes(name: str, features: tuple[int, int], rows: int) -> None:
     assert_close(result, formula(x, weight, None, None, residual, "none"))
 
 
+@pytest.mark.parametrize("features", [(1500, 70), (1500, 128)])
+@pytest.mark.parametrize("name", LINEAR_KERNELS)
+def test_rows_that_no_cache_holds(name: str, features: tuple[int, int]) -> None:
+    """16 MB of them and more: a block of rows then meets all of the weight, instead of the other way round."""
+    x, weight, bias = draw(3001, features[0]), draw(features[1], features[0], seed=1), draw(features[1], seed=2)
+    residual = draw(3001, features[1], seed=3)
+    assert_close(run(name, x, weight, bias, residual=residual), formula(x, weight, bias, None, residual, "none"))
+
+
 @pytest.mark.parametrize("operand", ["x", "residual", "multiplier"])
 @pytest.mark.parametrize("layout", ["columns", "rows", "transposed"])
 @pytest.mark.parametrize("name", LINEAR_KERNELS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +137,39 @@ def test_a_kernel_that_this_machine_does_not_have_is_left_out(monkeypatch: pytes
         if name != "plain":
             monkeypatch.setitem(KERNELS, name, unsupported)
     assert Tuner().choose(SHAPE, WEIGHT) == "plain" and seen in ([["plain"]], [])
+
+
+@pytest.mark.parametrize(("out_features", "measured"), [(130, 130), (5000, 2560)])
+def test_a_part_of_a_large_weight_is_measured_by_whole_panels(
+    monkeypatch: pytest.MonkeyPatch, out_features: int, measured: int
+) -> None:
+    """2621 rows of a weight of 200 columns would make as many numbers as are measured, and end inside a panel."""
+    shape, shapes = replace(SHAPE, in_features=200, out_features=out_features, has_bias=False), set()
+    measuring(monkeypatch, {})
+    compiled = tuning._compiled
+
+    def noted(name: str, shape: LinearShape, weight: Tensor, *how: Any) -> Any:
+        shapes.add(tuple(weight.shape))
+        return compiled(name, shape, weight, *how)
+
+    monkeypatch.setattr(tuning, "_compiled", noted)
+    Tuner().choose(shape, torch.ones(out_features, 200))
+    assert (measured, 200) in shapes and max(shapes)[0] <= max(measured, tuning._NEIGHBOUR)
+
+
+def test_the_last_result_lives_while_the_next_is_made() -> None:
+    """Else the C library may give its pages back after each call, and the faults would be measured."""
+    alive: list[int] = []
+    made: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+    def run() -> Tensor:
+        alive.append(len(made))
+        result = torch.ones(1)
+        made.add(result)
+        return result
+
+    tuning._interleaved({"one": run, "other": run})
+    assert alive[0] == 0 and set(alive[1:]) == {1}
 
 
 def test_real_measurements_name_every_kernel_that_ran() -> None:
