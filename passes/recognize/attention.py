@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator as python_operator
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from regraft.ir.matcher import TakenStep
-from regraft.ir.nodes import Builder, is_call, is_tensor, shape, size_equal, sizes_equal
+from regraft.ir.nodes import Builder, is_call, is_tensor, is_view, shape, size_equal, sizes_equal
 from regraft.ir.pattern import (
     Operator,
     add,
@@ -31,12 +32,13 @@ from regraft.ir.pattern import (
     variable,
     where,
 )
+from regraft.ir.pointwise import is_pointwise
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.recognize import attention_examples as shown
 from regraft.passes.recognize.heads import Heads, build_attention, read_heads
 from regraft.passes.recognize.masks import Masks, read_masks
 from regraft.passes.recognize.scores import Refused, Scores, read_scores
-from regraft.passes.recognize.zeroing import ZEROING, hide_again
+from regraft.passes.recognize.zeroing import ZEROING, hide_again, zero_rows, zeroes_rows
 
 aten = torch.ops.aten
 where_other = Operator((aten.where.ScalarOther,))
@@ -107,8 +109,10 @@ class RecognizeAttention(Rule):
 
     def check(self, match: Match) -> Iterator[Requirement]:
         yield need(match.axis == -1, f"softmax runs over dim {match.axis}, not over the keys", at=match.weights)
-        outside = _read_outside(match)
-        yield need(outside is None, "attention weights are used outside the attention", at=outside)
+        scores = _scores_of(match)
+        outside = _read_outside(match, scores)
+        what = "scores" if outside in scores else "weights"
+        yield need(outside is None, f"attention {what} are used outside the attention", at=outside)
         try:
             match.facts["site"] = _read(match)
         except Refused as refused:
@@ -117,7 +121,8 @@ class RecognizeAttention(Rule):
     def replace(self, match: Match, build: Builder) -> Replacement:
         heads, scores, masks = match.facts["site"]
         empty_rows = "zero" if zeroing_steps(match) else "nan"
-        return build_attention(build, match.root, heads, scores, masks, empty_rows=empty_rows)
+        result = build_attention(build, match.root, heads, scores, masks, empty_rows=empty_rows)
+        return zero_rows(build, result, match.value, row_zeroing_steps(match))
 
 
 def _read(match: Match) -> tuple[Heads, Scores, Masks]:
@@ -127,6 +132,8 @@ def _read(match: Match) -> tuple[Heads, Scores, Masks]:
         raise Refused("the softmax does not run over all keys", match.weights)
     _check_sinks(match, scores)
     heads = read_heads(match.query, match.key_transposed, match.value, match.product, scores, match.root)
+    if heads.leading.into_batch and isinstance(scores.sinks, fx.Node):
+        raise Refused("sinks of heads that become the batch", match.weights)
     key_length = shape(match.product)[-1]
     masks = read_masks(match.program, scores, shape(match.product)[-2], key_length)
     if zeroing_steps(match) and (masks.fill is not None or masks.chain):
@@ -136,32 +143,58 @@ def _read(match: Match) -> tuple[Heads, Scores, Masks]:
 
 def zeroing_steps(match: Match) -> list[TakenStep]:
     """The steps behind the softmax that give rows without a key no weight at all."""
-    return [step for step in match.steps("after") if step.label in ZEROING]
+    rows = row_zeroing_steps(match)
+    return [step for step in match.steps("after") if step.label in ZEROING and step not in rows]
+
+
+def row_zeroing_steps(match: Match) -> list[TakenStep]:
+    """The steps behind the softmax that zero whole rows: their outputs can as well be zeroed."""
+    return [step for step in match.steps("after") if zeroes_rows(step, match.root)]
 
 
 def _check_sinks(match: Match, scores: Scores) -> None:
     dropped = [step for step in match.steps("after") if step.label == "drop_sinks"]
     keys = shape(match.product)[-1]
     if bool(dropped) != (scores.sinks is not None) or any(
-        s["start"] or not size_equal(s["kept"], keys) for s in dropped
+        step["start"] or not size_equal(shape(step.node)[-1], keys) for step in dropped
     ):
         raise Refused("columns of the attention weights are dropped or added", match.weights)
 
 
-def _read_outside(match: Match) -> fx.Node | None:
+def _scores_of(match: Match) -> set[fx.Node]:
+    """The product and what is made of it in front of the softmax."""
+    return {match.product, *(step.node for step in match.steps("before"))}
+
+
+def _read_outside(match: Match, scores: set[fx.Node]) -> fx.Node | None:
     """An interior node whose value is read outside the match: scores and weights would be computed twice.
 
-    Weights of several values (differential attention) are read by the product with each: every one is an attention
-    of its own, as the source has it before equal weights are merged.
+    Weights of several values (differential attention) are read by the product with each, and scores under several masks
+    (a window and chosen blocks) by a softmax each: every one is an attention of its own, as the source has it before
+    equal scores and weights are merged.
     """
     inside = set(match.nodes)
     weights = match.root.args[0]
     for node in match.nodes[1:]:
-        if any(user not in inside and user.users and not _is_sibling(user, weights, match) for user in node.users):
-            return node
-        if any(user.op == "output" for user in node.users):
+        others = [user for user in node.users if user not in inside and (user.users or user.op == "output")]
+        shared = _is_for_softmaxes if node in scores else partial(_is_sibling, weights=weights, match=match)
+        if not all(map(shared, others)):
             return node
     return None
+
+
+def _is_for_softmaxes(node: fx.Node) -> bool:
+    """Whether all that is made of ``node`` by maps and views goes into softmaxes."""
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        if is_call(node, (aten.softmax.int,)):
+            continue
+        if not (node.users and (is_pointwise(node) or is_view(node))):
+            return False
+        pending += [user for user in node.users if user not in seen]
+        seen.update(node.users)
+    return True
 
 
 def _is_sibling(user: fx.Node, weights: Any, match: Match) -> bool:

@@ -49,6 +49,19 @@ def _two_values(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.cat([weights @ value, weights @ value.flip(1)], -1)
 
 
+def _two_masks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Each query sees what came before, and apart from that what is near."""
+    scores, places = query @ key.mT * _SCALE, torch.arange(5)
+    past = scores.masked_fill(places > places[:, None], -math.inf).softmax(-1) @ value
+    near = scores.masked_fill((places - places[:, None]).abs() > 1, -math.inf).softmax(-1) @ value
+    return torch.cat([past, near], -1)
+
+
+def _scores_returned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    scores = query @ key.mT
+    return scores.softmax(-1) @ value, scores
+
+
 def _zeroed_again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     hidden = torch.arange(5) > torch.arange(5)[:, None] - 2  # the first two rows see no key
     scores = (query @ key.mT * _SCALE).masked_fill(hidden, torch.finfo(query.dtype).min)
@@ -58,6 +71,12 @@ def _zeroed_again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _without_nan(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     hidden = torch.arange(5) > torch.arange(5)[:, None] - 2
     return (query @ key.mT).masked_fill(hidden, -math.inf).softmax(-1).nan_to_num() @ value
+
+
+def _rows_zeroed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    hidden = torch.arange(5) > torch.arange(5)[:, None] - 2
+    scores = (query @ key.mT * _SCALE).masked_fill(hidden, torch.finfo(query.dtype).min)
+    return torch.where((~hidden).any(-1, keepdim=True), scores.softmax(-1), 0.0) @ value
 
 
 def _zeroed_elsewhere(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -87,8 +106,10 @@ ATTENTION = (
     Example("softcap", _heads(_softcapped)),
     Example("grouped queries, softmax in fp32", _heads(_grouped, kv_heads=2)),
     Example("one weight for two values", _heads(_two_values)),
+    Example("the same scores under two masks", _heads(_two_masks)),
     Example("weights of hidden keys are zeroed, rows without a key too", _heads(_zeroed_again)),
     Example("NaN of rows without a key is zero", _heads(_without_nan)),
+    Example("rows without a key are zeroed by a condition on rows", _heads(_rows_zeroed)),
 )
 ATTENTION_NEAR_MISSES = (
     Example(
@@ -99,6 +120,7 @@ ATTENTION_NEAR_MISSES = (
     Example("weights alone are masked", _heads(_zeroed_elsewhere), "set to zero where the scores are not masked"),
     Example("one mask of two zeroes weights", _heads(_zeroed_in_part), "not all masks set weights to zero"),
     Example("the weights are returned", _heads(_weights_returned), "attention weights are used outside the attention"),
+    Example("the scores are returned", _heads(_scores_returned), "attention scores are used outside the attention"),
     Example(
         "scaled after the softcap",
         _heads(lambda q, k, v: (20 * (q @ k.mT / 20).tanh() * 3).softmax(-1) @ v),

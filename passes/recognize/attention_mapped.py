@@ -71,6 +71,7 @@ class RecognizeMappedAttention(Rule):
             add=lambda s: add(s, variable("addend")),
             raised=lambda s: add(s, scalar("shift")),
             lowered=lambda s: sub(s, scalar("shift")),
+            subtract=lambda s: sub(s, variable("subtrahend")),
             where_other=lambda s: where_other(variable("condition"), s, scalar("fill")),
             where_self=lambda s: where_self(variable("condition"), scalar("fill"), s),
             where_tensor=lambda s: where(variable("condition"), s, variable("fill")),

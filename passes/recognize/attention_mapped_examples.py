@@ -59,6 +59,7 @@ def _weights_returned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
 EXAMPLES = (
     Example("sigmoid", _heads(lambda q, k, v: torch.sigmoid(q @ k.mT * _SCALE) @ v)),
     Example("sigmoid, shifted", _heads(lambda q, k, v: torch.sigmoid(q @ k.mT * _SCALE - math.log(5)) @ v)),
+    Example("sigmoid, less a tensor", _heads(lambda q, k, v: torch.sigmoid(q @ k.mT * _SCALE - k.mean()) @ v)),
     Example("sigmoid, masked by a factor, normalised", _heads(_normalised)),
     Example(
         "sigmoid of masked scores",

@@ -1,4 +1,4 @@
-"""Building what is added to the scores of an attention: one tensor of four dims."""
+"""Building what is added to the scores of an attention: one tensor of one to four dims."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def build_bias(build: Builder, masks: Masks, leading: list[Any], lengths: tuple[
         total = term if total is None else build.call(aten.add.Tensor, total, term)
     if masks.chain and masks.least > -math.inf:
         total = build.call(aten.clamp.default, total, masks.least)
+    if total is not None and rank(total) == 0:  # one number for all scores, as a weight: it broadcasts along a dim
+        total = build.call(aten.reshape.default, total, [1])
     return total
 
 
@@ -35,6 +37,8 @@ def _overwrite(build: Builder, total: fx.Node | None, item: Condition) -> fx.Nod
         device = item.condition.meta["val"].device
         total = build.call(aten.full.default, [], 0.0, dtype=item.dtype, device=device)
     condition = at_most_four(build, item.condition)
+    if dtype(total) != item.dtype:  # what is written may be a number that the biases' own type does not have
+        total = build.call(aten.to.dtype, total, torch.promote_types(dtype(total), item.dtype))
     if dtype(condition) != torch.bool:
         condition = build.call(aten.ne.Scalar, condition, 0)
     if item.masked_where_true:

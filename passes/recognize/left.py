@@ -13,14 +13,26 @@ from typing import Any
 import torch
 from torch import fx
 
+from regraft.ir import ops
 from regraft.ir.driver import Session
-from regraft.ir.nodes import is_call, is_tensor, is_view, rank, shape, size_equal, user_line
+from regraft.ir.nodes import (
+    arguments,
+    is_call,
+    is_tensor,
+    is_view,
+    rank,
+    shape,
+    size_equal,
+    sizes_equal,
+    user_line,
+)
 from regraft.ir.pointwise import is_pointwise
 from regraft.ir.program import Program
 from regraft.ir.records import Refusal
 from regraft.ir.rule import Rule
 from regraft.passes.base import Pass
 from regraft.passes.recognize.attention import RecognizeAttention
+from regraft.passes.recognize.attention_mapped import RecognizeMappedAttention
 from regraft.passes.recognize.layer_norm import RecognizeLayerNorm
 from regraft.passes.recognize.rms_norm import RecognizeRmsNorm
 from regraft.passes.recognize.rope import RecognizeRope
@@ -32,6 +44,17 @@ _PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
 _SPREADS = (aten.std.dim, aten.std.correction, aten.var.dim, aten.var.correction)
 _MEANS = (aten.mean.dim, aten.sum.dim_IntList)
 _INVERSES = (aten.rsqrt.default, aten.reciprocal.default, aten.pow.Tensor_Scalar)
+_OTHER_MAPS = (
+    aten.silu.default,
+    aten.pow.Tensor_Scalar,
+    aten.exp.default,
+    aten.tanh.default,
+    aten.softplus.default,
+    aten.leaky_relu.default,
+    ops.activation,
+)
+_STACK = aten.stack.default  # of tables: the entries of a matrix that turns
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.convolution.default)
 _MOVES = (aten.reshape.default, aten.permute.default, aten.flip.default, aten.roll.default, aten.cat.default)
 
 
@@ -51,7 +74,7 @@ class ReportLeftSites(Pass):
     nothing."""
 
     def run(self, program: Program, session: Session) -> int:
-        for find in (_attentions, _norms, _rotations):
+        for find in (_attentions, _mapped_attentions, _norms, _rotations):
             for site in find(program):
                 kind = site.rule.recognizes
                 told = [refusal for refusal in session.log.refusals if refusal.recognizes == kind]
@@ -79,6 +102,31 @@ def _attentions(program: Program) -> Iterator[_Site]:
         yield _Site(RecognizeAttention(), node, frozenset((*before, *after)), reason)
 
 
+def _mapped_attentions(program: Program) -> Iterator[_Site]:
+    """A map of the scores of two activations, other than those that the operator has, that weighs values."""
+
+    def product(node: fx.Node) -> bool:
+        return is_call(node, (aten.matmul.default,)) and _of_activations(node, program)
+
+    for node in program.graph.nodes:
+        if not is_call(node, _OTHER_MAPS):
+            continue
+        before = _walk(node, _operands, product)
+        after = _walk(node, _mapped_readers, product)
+        if before is not None and after is not None and after[-1].args[0] is after[-2]:
+            name = arguments(node).get("activation", node.target)
+            reason = f"scores become weights by {name}, and the maps that are read are sigmoid, relu, elu + 1 and gelu"
+            yield _Site(RecognizeMappedAttention(), node, frozenset((*before, *after)), reason)
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return node.all_input_nodes if is_pointwise(node) or is_view(node) else []
+
+
+def _mapped_readers(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.users if is_pointwise(n) or is_view(n) or is_call(n, (aten.matmul.default,))]
+
+
 def _of_activations(product: fx.Node, program: Program) -> bool:
     return not any(program.is_made_of_weights(operand) for operand in product.all_input_nodes)
 
@@ -102,7 +150,9 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _mixes(node: fx.Node) -> bool:
-    """A linear layer from as many numbers to as many: it mixes heads."""
+    """A linear layer or a convolution from as many numbers to as many: it mixes heads, or scores nearby."""
+    if is_call(node, _CONVOLUTIONS):
+        return sizes_equal(shape(node), shape(node.args[0]))  # type: ignore[arg-type]
     sizes = shape(node.args[1]) if is_call(node, (aten.linear.default,)) else ()  # type: ignore[arg-type]
     return len(sizes) == 2 and size_equal(*sizes)
 
@@ -205,7 +255,8 @@ def _rotations(program: Program) -> Iterator[_Site]:
         for total in dict.fromkeys(user for product in turned[0] for user in product.users):
             if is_call(total, _SUMS) and all(any(arg in side for arg in total.args) for side in turned):
                 reason = (
-                    "cos and sin of one angle weigh two tensors that are not halves or neighbours as a rope has them"
+                    "cos and sin of one angle weigh two tensors, and not as x * cos + turn(x) * sin or as pairs "
+                    "(a * cos - b * sin, b * cos + a * sin)"
                 )
                 about = {total, *total.users, *total.all_input_nodes}
                 yield _Site(RecognizeRope(), total, frozenset(about), reason)
@@ -220,7 +271,7 @@ def _turned_by(table: fx.Node, program: Program) -> dict[fx.Node, None]:
             others = [n for n in user.all_input_nodes if n is not node and is_tensor(n)]
             if is_call(user, (aten.mul.Tensor,)) and any(not program.is_made_of_weights(n) for n in others):
                 products[user] = None
-            elif user not in seen and (is_pointwise(user) or is_view(user) or user.target in _MOVES):
+            elif user not in seen and (is_pointwise(user) or is_view(user) or user.target in (*_MOVES, _STACK)):
                 seen.add(user)
                 pending.append(user)
     return products

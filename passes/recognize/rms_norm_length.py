@@ -56,7 +56,8 @@ class RecognizeRmsNormByLength(Rule):
 class RecognizeRmsNormOfUnit(Rule):
     """``F.normalize(x, dim=-1) * sqrt(size) * weight``, or ``x / (|x| / sqrt(size)).clamp(min=floor) * weight``.
 
-    The floor becomes an eps of its square. The two agree but for rows whose root mean square is about as low.
+    The floor becomes an eps of its square. The two agree but for rows whose root mean square is about as low. A weight
+    that is no vector (one of each head, or of each sample) multiplies what was normed without.
     """
 
     recognizes = "rms_norm"
@@ -71,6 +72,7 @@ class RecognizeRmsNormOfUnit(Rule):
             mul(mul(normed, scalar("root")), scale),
             mul(mul(normed, scale), scalar("root")),
             mul(normed, mul(scale, scalar("root"))),
+            mul(normed, scalar("root")),
             mul(normed, scale),
         )
 
@@ -85,12 +87,15 @@ class RecognizeRmsNormOfUnit(Rule):
         )
         yield need(match.floor >= 0, "the floor of the length is below zero", match.normed)
         yield need(_floor(match) <= _LOW, f"the root mean square is at least {_floor(match):.3g}", match.normed)
-        yield need(is_vector(match.weight, size), "the weight is not a vector", match.weight)
         yield need(match.sole_user("normed"), "the unit is used without the weight", match.normed)
 
     def replace(self, match: Match, build: Builder) -> Replacement:
+        eps = _floor(match) ** 2
+        if "scale" in match and not is_vector(match.weight, shape(match.x)[-1]):
+            normed = build.call(ops.rms_norm, match.x, None, eps, 0.0, "before_weight")
+            return build.call(aten.mul.Tensor, normed, match.scale)
         weight, offset = scale_of(match)
-        return build.call(ops.rms_norm, match.x, weight, _floor(match) ** 2, offset, "before_weight")
+        return build.call(ops.rms_norm, match.x, weight, eps, offset, "before_weight")
 
 
 def _floor(match: Match) -> float:
@@ -147,6 +152,8 @@ RecognizeRmsNormOfUnit.examples = (
     _example("an offset", lambda x, w: F.normalize(x, dim=-1) * 4.0 * (w + 1)),
     _example("the weight holds the root", lambda x, w: F.normalize(x, dim=-1) * (w * 4.0)),
     _example("the root mean square alone", _shared),
+    _example("no weight", lambda x, w: F.normalize(x, dim=-1) * 4.0),
+    _example("a weight of each row", lambda x, w: F.normalize(x, dim=-1) * w.expand(3, 16).cumsum(0) * 4.0),
 )
 RecognizeRmsNormOfUnit.near_misses = (
     _example("another scale", lambda x, w: F.normalize(x, dim=-1) * 10.0 * w, "the unit is scaled by 10, not sqrt(16)"),

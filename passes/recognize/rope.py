@@ -1,4 +1,4 @@
-"""Recognise rotary position embedding by its turned copy: ``x * cos + turn(x) * sin``."""
+"""Recognise rotary position embedding by its turned copy: ``x * cos + turn(x) * sin``, and times a decay (xPos)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from regraft.ir import ops
-from regraft.ir.nodes import Builder, rank, shape, size_equal, sizes_equal
+from regraft.ir.nodes import Builder, is_call, rank, shape, size_equal, sizes_equal
 from regraft.ir.pattern import (
     add,
     anything,
@@ -20,6 +20,7 @@ from regraft.ir.pattern import (
     reshape,
     scalar,
     slice_,
+    sub,
     to_dtype,
     variable,
 )
@@ -71,8 +72,10 @@ class RecognizeRope(Rule):
         part = slice_(variable("whole"), -1, scalar("start"), scalar("end")).named("x")
         rotated = either(
             add(mul(x, cos), mul(turned(x), sin)),
+            sub(mul(x, cos), mul(turned(x), sin)),
             add(mul(part, cos), mul(turned(variable("whole")), sin)),
             add(mul(raised, cos), mul(to_dtype(turned(x), anything("wide")), sin)),
+            add(mul(mul(x, cos), variable("decay")), mul(mul(turned(x), sin), variable("decay"))),
         )
         return either(partial=cat([rotated.named("rotated"), passed], -1), whole=rotated.named("rotated"), tag="extent")
 
@@ -108,7 +111,11 @@ class RecognizeRope(Rule):
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         layout = "half" if match.layout.startswith("halves") else "interleaved"
-        sin = build.call(aten.neg.default, match.sin) if match.layout.endswith(" back") else match.sin
+        cos, sin = match.cos, match.sin
+        if "decay" in match:
+            cos, sin = (build.call(aten.mul.Tensor, table, match.decay) for table in (cos, sin))
+        if match.layout.endswith(" back") != is_call(match.rotated, (aten.sub.Tensor,)):
+            sin = build.call(aten.neg.default, sin)
         x, size = match.x, shape(match.x)[-1]
         base = deinterleaved(x) if layout == "half" else None
         if match.extent == "partial":
@@ -120,4 +127,4 @@ class RecognizeRope(Rule):
             x = again(x, build)
         if "raised" in match:
             x = build.call(aten.to.dtype, x, match.wide)
-        return build.call(ops.rope, x, match.cos, sin, size, layout)
+        return build.call(ops.rope, x, cos, sin, size, layout)

@@ -112,6 +112,8 @@ EXAMPLES = (
     example("tables unsqueezed", lambda x, cos, sin: x * cos[None, None] + half(x) * sin[None, None]),
     example("the other way", rotated(other_way)),
     example("by step", rotated(by_step)),
+    example("turned back", lambda x, cos, sin: x * cos - half(x) * sin),
+    example("times a decay", lambda x, cos, sin: x * cos * (cos + 2) + half(x) * sin * (cos + 2)),
     example("by reshape", rotated(by_reshape)),
     example("partial", partial, table=4),
     example("last part", last_part, table=4),

@@ -174,8 +174,9 @@ def _read_blend(scores: Scores, step: TakenStep) -> None:
 
 
 def _constant(node: fx.Node) -> float | None:
-    if node.target in (aten.full.default, aten.scalar_tensor.default):
-        value = node.args[1] if node.target is aten.full.default else node.args[0]
+    if is_call(node, (*_CONSTANT, aten.scalar_tensor.default)):
+        given = arguments(node)
+        value = given.get("fill_value", given.get("s", 0.0))
         return float(value) if isinstance(value, (int, float)) else None
     if node.target is aten.to.dtype and isinstance(node.args[0], fx.Node):
         return _constant(node.args[0])
@@ -184,7 +185,7 @@ def _constant(node: fx.Node) -> float | None:
 
 def _read_sinks(scores: Scores, step: TakenStep) -> None:
     column = step["column"]
-    if rank(step.node) != 4 or shape(column)[-1] != 1:
+    if rank(step.node) not in (4, 5) or shape(column)[-1] != 1:
         raise Refused("what is concatenated to the scores is not one column of sinks", step.node)
     sinks = column
     if is_call(column, _CONSTANT):
@@ -193,7 +194,7 @@ def _read_sinks(scores: Scores, step: TakenStep) -> None:
         return
     while isinstance(sinks, fx.Node) and sinks.target in _VIEWS and rank(sinks) > 1:
         sinks = sinks.args[0]
-    heads = shape(step.node)[1]
+    heads = math.prod(shape(step.node)[1:-2])  # of grouped queries in two dims
     if not is_tensor(sinks) or shape(sinks) != (heads,):
         raise Refused("the sink column is not one number a head", step.node)
     scores.sinks = sinks

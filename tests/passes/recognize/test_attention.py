@@ -341,6 +341,20 @@ def test_bias_before_the_scale_is_scaled_too() -> None:
     )
 
 
+def test_sinks_of_heads_in_two_dims() -> None:
+    sinks = numbers(HEADS, seed=10)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(1, (2, 2)) for x in (q, k, v))
+        column = sinks.reshape(1, 2, 2, 1, 1).expand(q.shape[0], -1, -1, q.shape[-2], -1)
+        return (torch.cat([q @ k.mT * SCALE, column], -1).softmax(-1)[..., :-1] @ v).flatten(1, 2)
+
+    program, _ = recognized(function, (Q, K, V))
+    (site,) = sites(program)
+    assert site["sinks"] is not None
+    torch.testing.assert_close(run(program, (Q, K, V)).double(), formula(Q, K, V, sinks=sinks), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("minus_maximum", [False, True])
 def test_learnable_sinks(minus_maximum: bool) -> None:
     """gpt-oss: a logit a head that takes weight and gives nothing."""

@@ -203,3 +203,40 @@ def test_row_without_a_key_is_zero_in_sdpa() -> None:
     site = found(function, args)
     assert site["empty_rows"] == "zero"
     assert not run(recognized(function, args)[0], args)[1].any()
+
+
+def test_one_number_for_all_scores_has_a_dim_in_the_operator() -> None:
+    shift = torch.tensor(0.5)
+    site = found(lambda q, k, v, m: attend(q @ k.mT * SCALE + m, v), (Q, K, V, shift), expected=formula(Q, K, V))
+    assert site["bias"].meta["val"].shape == (1,)
+
+
+def test_a_number_that_a_narrower_bias_does_not_have_is_written_in_the_type_of_the_scores() -> None:
+    lowest = torch.finfo(torch.float64).min
+    seen = MASK[:, None, None] != 0
+    query, key, value = (tensor.double() for tensor in (Q, K, V))
+
+    def function(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        scores = q @ k.mT * SCALE + torch.full((LENGTH, KEYS), -INF, dtype=torch.float32).triu(1)
+        return attend(scores.masked_fill(~m, lowest), v)
+
+    found(function, (query, key, value, seen), expected=formula(Q, K, V, allowed=CAUSAL & seen, fill=-INF))
+
+
+def test_a_fill_in_the_shape_of_the_scores_is_a_number() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT * SCALE
+        return attend(torch.where(causal_of(q, k), scores, torch.full_like(scores, LOWEST)), v)
+
+    assert found(function, expected=formula(Q, K, V, allowed=CAUSAL))["mask"] == "band(None,0)"
+
+
+def test_a_row_that_is_zeroed_keeps_what_is_not_finite() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return torch.where(m[:, None, :, None] != 0, (q @ k.mT * SCALE).softmax(-1), 0.0) @ v
+
+    found(function, (Q, K, V, MASK))
+    value = V.clone()
+    value[0, 0, 2, 1] = float("nan")
+    args = (Q, K, value, MASK)
+    assert torch.equal(run(recognized(function, args)[0], args).isnan(), function(*args).isnan())

@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "weights returned": (weights_returned, "attention weights are used outside the attention"),
     "weights averaged": (weights_averaged, "attention weights are used outside the attention"),
-    "scores used": (scores_used, "attention weights are used outside the attention"),
+    "scores used": (scores_used, "attention scores are used outside the attention"),
     "scaled after the softcap": (
         lambda q, k, v: attend(20 * (q @ k.mT / 20).tanh() * SCALE * 3, v),
         "the scores are scaled after the softcap",

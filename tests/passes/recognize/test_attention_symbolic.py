@@ -16,6 +16,7 @@ from tests.ir.graphs import numbers
 from tests.passes.recognize.attention_support import (
     DIM,
     HEADS,
+    LOWEST,
     MASK,
     SCALE,
     K,
@@ -74,6 +75,33 @@ def test_symbolic_length(name: str, function: Callable[..., Tensor], mask: str) 
     assert site["mask"] == mask
 
     longer = (*(numbers(3, HEADS, 9, DIM, seed=s) for s in (1, 2, 3)), torch.ones(3, 9, dtype=torch.int64))
+    torch.testing.assert_close(run(program, longer), function(*longer), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_whose_length_is_spelled_differently_is_read() -> None:
+    def blocks(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        seen = m.view(m.shape[0], m.shape[1] // 2, 2).any(-1).repeat_interleave(2, -1)  # 2 * (length // 2) keys
+        return attend((q @ k.mT * SCALE).masked_fill(~seen[:, None, None], LOWEST), v)
+
+    args = (*(numbers(2, HEADS, 6, DIM, seed=s) for s in (1, 2, 3)), torch.ones(2, 6, dtype=torch.bool))
+    program, _ = recognized(blocks, args, True)
+    assert [site["mask"] for site in sites(program)] == ["keys(0)"]
+
+    longer = (*(numbers(3, HEADS, 8, DIM, seed=s) for s in (1, 2, 3)), (torch.arange(8) > 3).expand(3, 8))
+    torch.testing.assert_close(run(program, longer), blocks(*longer), rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_beside_a_symbolic_number_of_keys() -> None:
+    sinks = numbers(HEADS, seed=4)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+        return torch.cat([q @ k.mT * SCALE, column], -1).softmax(-1)[..., :-1] @ v
+
+    program, _ = recognized(function, (Q, K, V), symbolic((Q, K, V)))
+    (site,) = sites(program)
+    assert site["sinks"] is not None
+    longer = tuple(numbers(3, HEADS, 9, DIM, seed=s) for s in (1, 2, 3))
     torch.testing.assert_close(run(program, longer), function(*longer), rtol=1e-5, atol=1e-5)
 
 

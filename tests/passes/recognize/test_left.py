@@ -52,10 +52,20 @@ class _Talking(nn.Module):
         return self.mix(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
 
 
+class _TalkingByConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(4, 4, 1, bias=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.mix((q @ k.mT).softmax(-1)) @ v
+
+
 ATTENTION = {
     "weights of a threshold, normed again": (_renormalised, "aten.mul.Tensor"),
     "one head's weights less another's": (_differential, "aten.sub.Tensor"),
     "weights that heads mix": (_Talking(), "aten.linear.default"),
+    "weights that heads mix by a convolution": (_TalkingByConvolution(), "aten.conv2d.default"),
     "values summed element by element": (
         lambda q, k, v: ((q @ k.mT).softmax(-1)[..., None] * v[:, :, None]).sum(-2),
         "aten.mul.Tensor",
@@ -98,9 +108,29 @@ def test_norm_out_of_the_pattern_is_reported(module: nn.Module, kind: str) -> No
     assert "what divides is not the root of a mean of squares plus eps" in refusal.reason
 
 
+MAPS: dict[str, Callable[..., Tensor]] = {
+    "aten.silu.default": lambda q, k, v: F.silu(q @ k.mT) / LENGTH @ v,  # HSTU
+    "relu_squared": lambda q, k, v: torch.relu(q @ k.mT).square() @ v,  # FLASH
+}
+
+
+@pytest.mark.parametrize(("call", "function"), MAPS.items(), ids=MAPS)
+def test_attention_by_another_map_is_reported(call: str, function: Callable[..., Tensor]) -> None:
+    (refusal,) = refusals(function, HEADS)
+    assert refusal.recognizes == "attention_mapped"
+    assert f"scores become weights by {call}" in refusal.reason
+
+
 def _rolled(x: Tensor) -> Tensor:
     sign = torch.cat([-torch.ones(WIDTH // 2), torch.ones(WIDTH // 2)])
     return x * ANGLES.cos() + x.roll(WIDTH // 2, -1) * (ANGLES.sin() * sign)
+
+
+def _by_matrices(x: Tensor) -> Tensor:
+    angles = ANGLES[:, : WIDTH // 2]
+    matrices = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], -1).unflatten(-1, (2, 2))
+    pairs = x.reshape(*x.shape[:-1], -1, 1, 2)
+    return (matrices[..., 0] * pairs[..., 0] + matrices[..., 1] * pairs[..., 1]).reshape(x.shape)
 
 
 def _rolled_together(q: Tensor, k: Tensor) -> Tensor:
@@ -116,8 +146,9 @@ def test_each_rotation_by_one_table_is_reported() -> None:
     assert len({refusal.user_line for refusal in found}) == 2
 
 
-def test_rotation_out_of_the_pattern_is_reported() -> None:
-    (refusal,) = refusals(_rolled, (X,))
+@pytest.mark.parametrize("function", [_rolled, _by_matrices])
+def test_rotation_out_of_the_pattern_is_reported(function: Callable[..., Tensor]) -> None:
+    (refusal,) = refusals(function, (X,))
     assert refusal.recognizes == "rope"
     assert "cos and sin of one angle" in refusal.reason
 
