@@ -19,7 +19,8 @@ from regraft.build import Build, Executable, Toolchain, build
 from regraft.ir.driver import Session
 from regraft.ir.program import Program
 from regraft.passes.pipeline import default_pipeline, recognising
-from regraft.passes.tokens.unpad import Unpad, padding_mask
+from regraft.passes.tokens.padding import Padding
+from regraft.passes.tokens.unpad import Unpad, padding_in
 from regraft.reference import Reference
 
 if TYPE_CHECKING:
@@ -61,12 +62,14 @@ def unpadded(exact: Build, options: Options, reference: Reference) -> str:
 def _unpadded(exact: Build, options: Options, reference: Reference) -> str:
     recognised = exact.before.copy()
     recognising().run(recognised, Session(verify="off"))
-    mask = padding_mask(recognised)
-    fill = None if mask is None else _fill(recognised, mask)
+    padding = padding_in(recognised)
+    fill = None if padding is None else _fill(recognised, padding)
     trial = Session(verify="off")
-    if fill is None or not Unpad().run(recognised, trial):
+    if not Unpad().run(recognised, trial):
         reasons = [item.reason for item in trial.log.refusals]
         return f"the padded model runs: {reasons[0] if reasons else 'no attention has a padding mask'}"
+    if fill is None:
+        return "the padded model runs: which tokens are there is not told by the inputs alone"
     toolchain = Toolchain(pipeline=lambda name: default_pipeline(name, tokens=(Unpad(),)))
     made = build(exact.before.copy(), options.target, options.verify, toolchain, reference)
     if not made.accepted:
@@ -125,29 +128,30 @@ def _without_padding(example: Sequence[Any], fill: Callable[..., float]) -> list
     for place, value in enumerate(example):
         if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() < 2:
             continue
-        whole = [*example[:place], torch.ones_like(value), *example[place + 1 :]]
-        if fill(*whole) == 1.0:
-            return whole
+        for alike in (torch.ones_like, torch.zeros_like):
+            whole = [*example[:place], alike(value), *example[place + 1 :]]
+            if fill(*whole) == 1.0:
+                return whole
     return None
 
 
-def _fill(program: Program, mask: fx.Node) -> Callable[..., float] | None:
+def _fill(program: Program, padding: Padding) -> Callable[..., float] | None:
     """The share of tokens that are there as a function of the flat inputs; None where more than inputs decides."""
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in program.user_inputs():
         made[node] = graph.placeholder(node.name)
-    needed = _behind(mask)
+    needed = _behind(padding.tensor)
     for node in program.graph.nodes:
         if node in needed and node not in made:
             if node.op != "call_function":
                 return None
             made[node] = graph.node_copy(node, made.__getitem__)
-    graph.output(made[mask])
+    graph.output(made[padding.tensor])
     run = fx.GraphModule(nn.Module(), graph).forward
 
     def share(*inputs: Any) -> float:
         with torch.no_grad():
-            return float((run(*inputs) != 0).float().mean())
+            return float(((run(*inputs) != 0) != padding.inverted).float().mean())
 
     return share
 

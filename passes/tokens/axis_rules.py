@@ -63,6 +63,13 @@ def pointwise(walk: Walk, node: fx.Node) -> Step:
     return barrier("tokens meet other tokens at another place") if found is None else equivariant(found)
 
 
+@_rule(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
+def filled(walk: Walk, node: fx.Node) -> Step:
+    """One number for each, whatever the tokens hold."""
+    found = _only(walk, node, "self")
+    return barrier("a number is computed from the tokens") if found is None else equivariant(found[1])
+
+
 def _has_shape(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 

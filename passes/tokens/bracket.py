@@ -14,7 +14,8 @@ from torch import fx
 
 from regraft.ir.driver import Session
 from regraft.ir.exactness import Exactness
-from regraft.ir.nodes import arguments, is_call, rank, shape
+from regraft.ir.mask.predicate import tensors_of
+from regraft.ir.nodes import arguments, is_call, rank, shape, size_equal
 from regraft.ir.ops.plan_merge import most_removable
 from regraft.ir.program import Program
 from regraft.passes.applied import log_applied
@@ -22,8 +23,10 @@ from regraft.passes.base import Pass
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.refused import Refused
 from regraft.passes.tokens.layout import Batch, Span, plain
-from regraft.passes.tokens.legality import causal, check_mask
+from regraft.passes.tokens.legality import causal, check_mask, hiding_bias
 from regraft.passes.tokens.methods import Method
+from regraft.passes.tokens.order import after_inputs, move_behind
+from regraft.passes.tokens.padding import padding_of
 from regraft.passes.tokens.planner import Planner
 from regraft.passes.tokens.rebuild import Rebuild
 from regraft.passes.tokens.reduce import refusal, removals
@@ -90,7 +93,10 @@ class _Bracket:
         if is_call(source, (aten.permute.default,)) and source.args[1] == [1, 0, 2]:
             readers, source = [source], source.all_input_nodes[0]  # nn.MultiheadAttention has the tokens in front
         self._check(source)
-        with self.program.graph.inserting_after(source):
+        told = self._told()
+        for node in told:
+            move_behind(node, source)
+        with self.program.graph.inserting_after(max([after_inputs(source), *told])):
             inside = self.program.graph.call_function(aten.alias.default, (source,))
         inside.meta = dict(source.meta)
         for reader in dict.fromkeys(readers):
@@ -102,9 +108,17 @@ class _Bracket:
             self.program.graph.erase_node(inside)
             raise
 
+    def _told(self) -> list[fx.Node]:
+        """The tensors that say which tokens are there: a plan reads them in front of the attention."""
+        bias, tensors = hiding_bias(self.program, self.attention), arguments(self.attention)["mask_tensors"]
+        numbers = frozenset().union(*map(tensors_of, padding_of(self.attention)))
+        return [*(tensors[number] for number in sorted(numbers)), *([] if bias is None else [bias])]
+
     def _check(self, source: fx.Node) -> None:
         if rank(source) != 3 or not isinstance(shape(source)[1], int):
             raise Refused("the tokens are not laid out as batch, tokens and width of a known length", source)
+        if size_equal(shape(source)[0], shape(self.attention)[2]) and not size_equal(*shape(source)[:2]):
+            raise Refused("the tokens lie in front of the samples, and a bracket wants them behind", source)
         if shape(source)[1] != shape(self.attention)[2]:
             raise Refused("the batch of the attention is made of windows or groups of the samples", self.attention)
         check_mask(self.program, self.attention)

@@ -29,6 +29,7 @@ from regraft.passes.tokens.equal_places import EqualPlaces
 from regraft.passes.tokens.equal_stages import EqualStages
 from regraft.passes.tokens.layout import Batch, Span, plain
 from regraft.passes.tokens.legality import hiding_bias
+from regraft.passes.tokens.order import after_inputs
 from regraft.passes.tokens.rebuild import Rebuild, Writer
 from regraft.passes.tokens.reduce import refusal
 from regraft.passes.tokens.sites import NORMS, attentions, projected
@@ -154,7 +155,7 @@ class _Merge:
         stages = EqualStages(self.walk.tokens, 0, start.meta["val"].device, labels=self.labels, equal=self.equal)
         rebuild = _EqualRebuild(self.program, self.walk, stages)
         with rebuild.whole():
-            build = rebuild.builder(_behind_inputs(start), start)
+            build = rebuild.builder(after_inputs(start).next, start)
             stages.batch = batch_size(build, start, layout)
             stages.begin(build, self.program)
             rebuild.new[start] = stages.bring(build, start, layout, (0, 1), layout, merge=False)
@@ -165,14 +166,6 @@ class _Merge:
             if not any(node.target is ops.attention for node in rebuild.made):
                 raise next(iter(rebuild.told_apart.values()), Refused("no attention follows", start))
         return rebuild
-
-
-def _behind_inputs(node: fx.Node) -> fx.Node:
-    """The next node that is no input."""
-    behind = node.next
-    while behind.op == "placeholder":
-        behind = behind.next
-    return behind
 
 
 def _start(equal: EqualPlaces, site: fx.Node) -> fx.Node:

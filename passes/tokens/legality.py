@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import fx
 
-from regraft.ir.mask import And, Band, Dense, Keys, Length, Lengths, Predicate, Same, parse
+from regraft.ir.mask import Band, Dense, Keys, Length, Lengths, Predicate, Same
 from regraft.ir.nodes import arguments, shape, size_equal, user_line
 from regraft.ir.probe import Pool, Probe
 from regraft.ir.program import Program
 from regraft.passes.refused import Refused
-from regraft.passes.tokens.layout import Batch, Span, plain
+from regraft.passes.tokens.layout import Batch, Span, is_plain, plain, span_dim, span_of
+from regraft.passes.tokens.padding import conjuncts, is_of_keys
 from regraft.passes.tokens.sites import Site, attentions, constant_ends, find_site, projected
 from regraft.passes.tokens.step import Duty, Kind, Step
 from regraft.passes.tokens.walk import Walk
@@ -129,7 +129,10 @@ def _site(found: Legality, attention: fx.Node, drops: bool) -> Site:
     if layout is None:
         lost = _first_barrier(walk, attention)
         raise Refused(lost[1].reason, lost[0]) if lost else Refused("the tokens do not reach the sum", site.anchor)
-    if not _is_batch(layout[0]) or layout[1] != (Span(0, walk.tokens),):
+    if span_of(layout) != Span(0, walk.tokens):
+        raise Refused("a part of the tokens alone goes on from here", site.anchor)
+    held = [type(factor) for factors in layout[:2] for factor in factors]
+    if held not in ([Batch, Span], [Span, Batch]) or not is_plain(layout[2]):
         raise Refused("the residual stream is not laid out as batch, tokens and width", site.anchor)
     steps = list(found.steps(site))
     _check_gain(site, steps)
@@ -157,10 +160,6 @@ def _refuse_barriers(steps: list[tuple[fx.Node, Step]], why: str) -> None:
     for node, step in steps:
         if step.kind is Kind.BARRIER:
             raise Refused(f"{why}, and {step.reason}", node)
-
-
-def _is_batch(factors: tuple[Any, ...]) -> bool:
-    return len(factors) == 1 and isinstance(factors[0], Batch)
 
 
 def _first_barrier(walk: Walk, attention: fx.Node) -> tuple[fx.Node, Step] | None:
@@ -191,11 +190,19 @@ def _why_lost(walk: Walk, attention: fx.Node) -> Refused:
 def check_mask(program: Program, attention: fx.Node) -> None:
     """Tokens merge only where mask and bias say of each token by itself whether it is there. Raises ``Refused``."""
     hiding_bias(program, attention)
-    for atom in _atoms(parse(arguments(attention)["mask"])):
-        if isinstance(atom, Same):
-            raise Refused("the attention keeps documents apart, and tokens of two documents must not merge", attention)
-        if isinstance(atom, Dense):
-            raise Refused("the mask of the attention is a tensor that does not say which tokens are padding", attention)
+    fill = arguments(attention)["mask_fill"]
+    if fill is not None and fill > HIDDEN:
+        raise Refused(f"hidden scores are {fill:g}, and keep a weight without the size of a token", attention)
+    for part in conjuncts(attention):
+        for atom in _atoms(part):
+            if isinstance(atom, Same):
+                raise Refused(
+                    "the attention keeps documents apart, and tokens of two documents must not merge", attention
+                )
+            if isinstance(atom, Dense) or (isinstance(atom, Keys | Lengths) and not is_of_keys(part)):
+                raise Refused(
+                    "the mask of the attention is a tensor that does not say which tokens are padding", attention
+                )
 
 
 def hiding_bias(program: Program, attention: fx.Node) -> fx.Node | None:
@@ -228,18 +235,9 @@ def _atoms(predicate: Predicate) -> Iterator[Predicate]:
         yield from _atoms(operand)
 
 
-def padding_of(attention: fx.Node) -> Keys | Lengths | None:
-    """The part of an attention's mask that says which keys are padding; None where nothing does."""
-    predicate = parse(arguments(attention)["mask"])
-    parts = predicate.operands if isinstance(predicate, And) else (predicate,)
-    return next((part for part in parts if isinstance(part, Keys | Lengths)), None)
-
-
 def causal(attention: fx.Node) -> bool:
     """Whether the mask shows no query a later key."""
-    predicate = parse(arguments(attention)["mask"])
-    parts = predicate.operands if isinstance(predicate, And) else (predicate,)
-    bounds = [part.upper for part in parts if isinstance(part, Band)]
+    bounds = [part.upper for part in conjuncts(attention) if isinstance(part, Band)]
     return any(upper is not None and Length(0).at_least(upper) for upper in bounds)
 
 
@@ -248,6 +246,8 @@ def _protect(program: Program, found: Legality, protect: int, protect_end: int) 
     steps = found.walk.steps.values()
     held = [found.walk.layouts[site.anchor] for site in found.sites.values()]
     width = shape(next(iter(found.sites.values())).anchor)[2] if held else 1
-    front, end = constant_ends(program, found.walk.tokens, width)
+    dims = {1, *(3 + dim for dim in map(span_dim, held) if dim is not None)}
+    ends = [constant_ends(program, found.walk.tokens, width, dim) for dim in dims]
+    front, end = map(max, zip(*ends, strict=True))
     found.prefix = max([protect, front, *(step.prefix for step in steps)])
     found.suffix = max([protect_end, end, *(step.suffix for step in steps)])

@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from regraft.ir import ops
-from regraft.ir.mask import And, Everything, Keys, Predicate, parse
+from regraft.ir.mask import And, Everything, Predicate
 from regraft.ir.mask.predicate import tensors_of
 from regraft.ir.nodes import Builder, arguments
 from regraft.passes.refused import Refused
-from regraft.passes.tokens.layout import Batch, Factor, Layout, Span, span_of
+from regraft.passes.tokens.layout import Batch, Factor, Layout, Span, batch_of, span_dim, span_of
+from regraft.passes.tokens.padding import conjuncts, padding_of
 from regraft.passes.tokens.rebuild import Rebuild, Writer, resize, same
 from regraft.passes.tokens.rows import Counts, from_rows, to_rows, with_batch
 from regraft.passes.tokens.stages import Stages
@@ -58,8 +59,11 @@ class Packing(Stages):
     ) -> fx.Node:
         """``node`` packed, for use beside a packed value of layout ``target``."""
         span = span_of(layout)
-        if stages[0] == stages[1] or span is None:
+        if stages[0] == stages[1] or (span is None and batch_of(layout) is None):
             return node
+        if span is None:
+            node, layout = self._of_each_token(build, node, layout, target)
+            span = span_of(layout)
         if span != Span(0, self.tokens):
             raise Refused("a part of the sequence meets packed tokens", node)
 
@@ -71,6 +75,18 @@ class Packing(Stages):
             return from_rows(build, packed, full, self.counts(1))
 
         return self._once(("pack", node, layout, target), make)
+
+    def _of_each_token(self, build: Builder, node: fx.Node, layout: Layout, target: Layout) -> tuple[fx.Node, Layout]:
+        """What belongs to a sample, repeated for its tokens: packed, tokens of all samples lie in one row."""
+        place = span_dim(target)
+        assert place is not None
+        layout = ((),) * (len(target) - len(layout)) + layout
+        if place == -1:
+            layout = (*layout[:-1], target[-1])
+        else:
+            layout = (*layout[:place], target[place], *layout[place + 1 :])
+        sizes = self.counts(0).shape(layout)
+        return self._once(("each", node, layout), lambda: build.call(aten.expand.default, node, sizes)), layout
 
     def restore(self, build: Builder, node: fx.Node, layout: Layout, stage: int) -> fx.Node:
         """``node`` padded again, with zeros."""
@@ -101,9 +117,9 @@ def attention(rebuild: Rebuild, build: Builder, old: fx.Node, step: Step, stage:
 def beside_padding(node: fx.Node) -> Predicate:
     """The mask of an attention but for the padding. Raises ``Refused`` where it is not padding and places alone."""
     given = arguments(node)
-    predicate = parse(given["mask"])
-    parts = predicate.operands if isinstance(predicate, And) else (predicate,)
-    others = [part for part in parts if not isinstance(part, Keys)]
+    parts = conjuncts(node)
+    padding = padding_of(node)
+    others = [part for part in parts if part not in padding]
     if len(parts) - len(others) != 1 or any(tensors_of(part) for part in others):
         raise Refused("the mask of the attention is not padding and places alone", node)
     if any(given[name] is not None for name in ("bias", "slopes", "sinks")):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
 
 import torch
 from torch import Tensor, fx
 
 from regraft.ir import ops
+from regraft.ir.mask import And, Not, Or, Predicate
+from regraft.ir.mask.predicate import tensors_of
 from regraft.ir.nodes import Builder, arguments, dtype, is_call
 from regraft.ir.ops.token_scores import OF_VALUES
 from regraft.ir.program import Program
-from regraft.passes.tokens.layout import Layout, Span, plain
-from regraft.passes.tokens.legality import HIDDEN, causal, hiding_bias, padding_of
+from regraft.passes.tokens.layout import Batch, Layout, Span, batch_of, plain
+from regraft.passes.tokens.legality import HIDDEN, causal, hiding_bias
 from regraft.passes.tokens.masks import Reader, Side
 from regraft.passes.tokens.methods import Method
+from regraft.passes.tokens.padding import hidden_keys
 from regraft.passes.tokens.rebuild import Rebuild
 from regraft.passes.tokens.sites import Site
 
@@ -80,7 +83,7 @@ class Planner:
         stage = rebuild.stages.last
         if self._running is not None:
             before, then = self._running
-            layout: Layout = (rebuild.walk.layouts[site.anchor][0], (Span(0, rebuild.stages.tokens),))
+            layout: Layout = (_batch(rebuild, site), (Span(0, rebuild.stages.tokens),))
             before = rebuild.stages.bring(build, before, layout, (then, stage), layout, merge=False)
             total = build.call(aten.add.Tensor, before, found)
             found = build.call(aten.mul.Tensor, total, 0.5)
@@ -97,26 +100,40 @@ class Planner:
 
     def _keep(self, rebuild: Rebuild, build: Builder, site: Site) -> fx.Node | None:
         """``[batch, tokens]``: true for tokens that are no padding."""
-        said, bias = padding_of(site.attention), hiding_bias(self.program, site.attention)
-        if said is None and bias is None:
+        said, bias = hidden_keys(site.attention), hiding_bias(self.program, site.attention)
+        if not said and bias is None:
             return None
         stages = rebuild.stages
         stage = stages.last
         span = Span(0, stages.tokens)
         side = Side(span, stage, stages.tokens)
-        layout = (rebuild.walk.layouts[site.anchor][0], (), *plain([stages.tokens] * 2))
+        layout = (_batch(rebuild, site), (), *plain([stages.tokens] * 2))
         reader = Reader(build, stages, arguments(site.attention)["mask_tensors"], layout, side, side)
-        found: list[Any] = []
-        if said is not None:
-            reader.read(said)
-            found.append(build.call(aten.reshape.default, reader.tensors[0], [-1, stages.left(stage)]))
-            if dtype(found[0]) != torch.bool:
-                found[0] = build.call(aten.ne.Scalar, found[0], 0)
+        found = [self._told(build, reader, reader.read(part), stages.left(stage)) for part in said]
         if bias is not None:
             seen = build.call(aten.gt.Scalar, reader.matrix(bias), HIDDEN)
             found.append(build.call(aten.reshape.default, seen, [-1, stages.left(stage)]))
-        present = found[0] if len(found) == 1 else build.call(aten.logical_and.default, *found)
+        present = reduce(lambda left, right: build.call(aten.logical_and.default, left, right), found)
         return build.call(aten.expand.default, present, [stages.batch, stages.left(stage)])
+
+    def _told(self, build: Builder, reader: Reader, part: Predicate, tokens: int) -> fx.Node:
+        """``[batch or 1, tokens]``: what a part of a mask that looks at keys alone says of each."""
+        match part:
+            case Not(operand):
+                return build.call(aten.logical_not.default, self._told(build, reader, operand, tokens))
+            case And(operands) | Or(operands):
+                join = aten.logical_and.default if isinstance(part, And) else aten.logical_or.default
+                told = [self._told(build, reader, operand, tokens) for operand in operands]
+                return reduce(lambda left, right: build.call(join, left, right), told)
+        (number,) = tensors_of(part)
+        flat = build.call(aten.reshape.default, reader.tensors[number], [-1, tokens])
+        return flat if dtype(flat) == torch.bool else build.call(aten.ne.Scalar, flat, 0)
+
+
+def _batch(rebuild: Rebuild, site: Site) -> tuple[Batch, ...]:
+    """The dim of a layout that holds the samples."""
+    batch = batch_of(rebuild.walk.layouts[site.anchor])
+    return () if batch is None else (batch,)
 
 
 def _unrotated(rebuild: Rebuild, build: Builder, key: fx.Node) -> fx.Node | None:

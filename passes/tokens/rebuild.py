@@ -168,7 +168,7 @@ def _broadcasts(node: fx.Node) -> bool:
 
 _WEIGHTED = frozenset(
     (aten.linear.default, ops.linear, aten.matmul.default, aten.layer_norm.default, ops.rms_norm,
-     aten.rms_norm.default, ops.moe)
+     aten.rms_norm.default, aten.batch_norm.default, ops.moe)
 )  # fmt: skip
 
 
@@ -218,6 +218,9 @@ def _weighted(rebuild: Rebuild, build: Builder, old: fx.Node, weights: fx.Node, 
     sizes = [
         size if not axis.is_plain(factors) else 1 for factors, size in zip(layout, counts.shape(layout), strict=True)
     ]
+    held = [factor for factors in layout for factor in factors if isinstance(factor, axis.Batch | axis.Span)]
+    if isinstance(held[0], axis.Span) and len(held) > 1:  # the tokens lie in front of the samples
+        weights = build.call(aten.permute.default, weights, [1, 0])
     spread = build.call(aten.reshape.default, weights, sizes)
     product = build.call(aten.mul.Tensor, rebuild.value(given["self"]), spread)
     total = build.call(aten.sum.dim_IntList, product, given["dim"], given["keepdim"])

@@ -22,10 +22,12 @@ from regraft.passes.base import Pass
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.refused import Refused
 from regraft.passes.tokens.errors import ReductionError
+from regraft.passes.tokens.layout import span_dim
 from regraft.passes.tokens.legality import Legality, causal, walks
 from regraft.passes.tokens.methods import METHODS, Method
 from regraft.passes.tokens.planner import Planner
 from regraft.passes.tokens.rebuild import Rebuild
+from regraft.passes.tokens.rows import from_rows, to_rows
 from regraft.passes.tokens.sites import Site, attentions
 from regraft.passes.tokens.stages import Stages, batch_size
 
@@ -154,9 +156,13 @@ class _Run:
         if not remove:
             return 0
         stage = stages.last
-        x = rebuild.at(build, site.anchor, stage, rebuild.walk.layouts[site.anchor], merge=True)
-        plan = self.planner.plan(rebuild, build, site, x, remove)
-        rebuild.new[site.anchor] = stages.reduce(build, plan, x, remove, weigh=not self.method.drops)
+        layout = rebuild.walk.layouts[site.anchor]
+        x = rebuild.at(build, site.anchor, stage, layout, merge=True)
+        turned = span_dim(layout) != -2
+        rows = to_rows(build, x, layout, stages.counts(stage)) if turned else x
+        plan = self.planner.plan(rebuild, build, site, rows, remove)
+        fewer = stages.reduce(build, plan, rows, remove, weigh=not self.method.drops)
+        rebuild.new[site.anchor] = from_rows(build, fewer, layout, stages.counts(stages.last)) if turned else fewer
         rebuild.stage[site.anchor] = stages.last
         return remove
 
@@ -173,5 +179,5 @@ class _Run:
 
     def _log(self, site: Site, removed: int) -> None:
         sources = site.attention.name, site.anchor.name
-        made = (f"{self.options.method}: {removed} of {shape(site.anchor)[1]} tokens",)
+        made = (f"{self.options.method}: {removed} of {shape(site.attention)[2]} tokens",)
         log_applied(self.session, self.options.name, Exactness.LOSSY, sources, made, site.anchor)

@@ -35,7 +35,7 @@ _LONGEST_WAY = 24
 
 @dataclass(frozen=True)
 class Site:
-    """A self-attention and the anchor, ``[batch, tokens, width]``, after which tokens may go."""
+    """A self-attention and the anchor, ``[batch, tokens, width]`` or the tokens in front, after which tokens may go."""
 
     attention: fx.Node
     anchor: fx.Node
@@ -114,13 +114,13 @@ def _sole_reader(node: fx.Node) -> fx.Node | None:
     return readers[0] if len(readers) == 1 and readers[0].op == "call_function" else None
 
 
-def constant_ends(program: Program, tokens: int, width: Any) -> tuple[int, int]:
+def constant_ends(program: Program, tokens: int, width: Any, dim: int = 1) -> tuple[int, int]:
     """How many tokens in front and at the end come from weights, not from an input: class, distillation and register
-    tokens."""
+    tokens, along ``dim`` of three."""
     front = end = 0
     for node in program.graph.nodes:
-        if is_call(node, (aten.cat.default,)) and _is_stream(node, width) and size_equal(shape(node)[1], tokens):
-            ends = [_constants(program, node, _LONGEST_WAY, last) for last in (False, True)]
+        if is_call(node, (aten.cat.default,)) and _is_stream(node, width) and size_equal(shape(node)[dim], tokens):
+            ends = [_constants(program, node, _LONGEST_WAY, last, dim) for last in (False, True)]
             if max(ends) < tokens:  # a table of places is all weights
                 front, end = max(front, ends[0]), max(end, ends[1])
     return front, end
@@ -130,39 +130,38 @@ def _is_stream(node: Any, width: Any) -> bool:
     return is_tensor(node) and rank(node) == 3 and size_equal(shape(node)[2], width)
 
 
-def _constants(program: Program, node: fx.Node, depth: int, last: bool) -> int:
-    """How many of the tokens of ``[batch, tokens, width]`` in front, or at the end (``last``), are made of weights
-    alone."""
-    tokens = shape(node)[1]
+def _constants(program: Program, node: fx.Node, depth: int, last: bool, dim: int) -> int:
+    """How many of the tokens along ``dim`` of three in front, or at the end (``last``), are made of weights alone."""
+    tokens = shape(node)[dim]
     if not isinstance(tokens, int) or not depth:
         return 0
     if program.is_made_of_weights(node):
         return tokens
-    if is_call(node, (aten.slice.Tensor,)) and arguments(node)["dim"] % 3 == 1 and arguments(node)["step"] == 1:
+    if is_call(node, (aten.slice.Tensor,)) and arguments(node)["dim"] % 3 == dim and arguments(node)["step"] == 1:
         source, given = arguments(node)["self"], arguments(node)
-        whole = int(shape(source)[1])
+        whole = int(shape(source)[dim])
         start, stop, _ = slice(given["start"], given["end"]).indices(whole)
         cut = whole - stop if last else start
-        return max(0, min(_constants(program, source, depth - 1, last) - cut, stop - start))
-    if is_call(node, (aten.cat.default,)) and arguments(node)["dim"] % 3 == 1:
+        return max(0, min(_constants(program, source, depth - 1, last, dim) - cut, stop - start))
+    if is_call(node, (aten.cat.default,)) and arguments(node)["dim"] % 3 == dim:
         parts = arguments(node)["tensors"]
-        return _constants_of_parts(program, parts[::-1] if last else parts, depth, last)
+        return _constants_of_parts(program, parts[::-1] if last else parts, depth, last, dim)
     if is_pointwise(node):
-        operands = [source for source in node.all_input_nodes if is_tensor(source) and _is_aligned(source, node)]
-        return min((_constants(program, source, depth - 1, last) for source in operands), default=0)
+        operands = [source for source in node.all_input_nodes if is_tensor(source) and _is_aligned(source, node, dim)]
+        return min((_constants(program, source, depth - 1, last, dim) for source in operands), default=0)
     return 0
 
 
-def _constants_of_parts(program: Program, parts: list[fx.Node], depth: int, last: bool) -> int:
+def _constants_of_parts(program: Program, parts: list[fx.Node], depth: int, last: bool, dim: int) -> int:
     count = 0
     for part in parts:
-        found = _constants(program, part, depth - 1, last)
+        found = _constants(program, part, depth - 1, last, dim)
         count += found
-        if found < shape(part)[1]:
+        if found < shape(part)[dim]:
             break
     return count
 
 
-def _is_aligned(source: fx.Node, node: fx.Node) -> bool:
+def _is_aligned(source: fx.Node, node: fx.Node, dim: int) -> bool:
     """Whether an operand has as many tokens; one that has a single row for all is left out."""
-    return rank(source) == rank(node) and size_equal(shape(source)[1], shape(node)[1])
+    return rank(source) == rank(node) and size_equal(shape(source)[dim], shape(node)[dim])

@@ -195,7 +195,8 @@ def _hashable(key: Any) -> Any:
 
 
 def batch_size(build: Builder, node: fx.Node, layout: Layout) -> Any:
-    """The batch size of a tensor whose dim 0 is the batch, as an argument of a call."""
-    first = layout[0][0]
-    assert isinstance(first, Batch) and size_equal(first.size, tensor_value(node).shape[0])
-    return build.size(node, 0)
+    """The batch size of a tensor one of whose dims is the batch, as an argument of a call."""
+    dim = next(place for place, factors in enumerate(layout) if any(isinstance(factor, Batch) for factor in factors))
+    (batch,) = layout[dim]
+    assert isinstance(batch, Batch) and size_equal(batch.size, tensor_value(node).shape[dim])
+    return build.size(node, dim)

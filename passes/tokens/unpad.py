@@ -6,6 +6,7 @@ reads it is refused, unless zeros will do.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +14,18 @@ from torch import fx
 
 from regraft.ir.driver import Session
 from regraft.ir.exactness import Exactness
-from regraft.ir.mask import Everything, Keys
-from regraft.ir.nodes import arguments, is_call, is_tensor, rank, shape, sizes_equal
-from regraft.ir.pointwise import is_cast
+from regraft.ir.mask import Everything, Predicate, to_dense
+from regraft.ir.nodes import Builder, arguments, is_call, rank, shape, size_equal
 from regraft.ir.program import Program
 from regraft.passes.applied import log_applied
 from regraft.passes.base import Pass
 from regraft.passes.canonicalize.cleanup import DropDeadCode
 from regraft.passes.refused import Refused
-from regraft.passes.tokens.layout import Batch, Span, plain
-from regraft.passes.tokens.legality import padding_of
+from regraft.passes.tokens.layout import Batch, Layout, Span, plain
+from regraft.passes.tokens.legality import HIDDEN, hiding_bias
+from regraft.passes.tokens.order import after_inputs, move_behind
 from regraft.passes.tokens.packing import PackedRebuild, Packing, beside_padding
+from regraft.passes.tokens.padding import Padding, padding_of
 from regraft.passes.tokens.reduce import refusal
 from regraft.passes.tokens.sites import attentions, projected
 from regraft.passes.tokens.stages import batch_size
@@ -31,7 +33,6 @@ from regraft.passes.tokens.step import Duty, Kind
 from regraft.passes.tokens.walk import Walk
 
 aten = torch.ops.aten
-_MOVES = (aten.unsqueeze.default, aten.expand.default, aten.permute.default, aten.reshape.default)
 
 
 @dataclass(frozen=True)
@@ -45,31 +46,33 @@ class Unpad(Pass):
     zero_padding: bool = False
 
     def run(self, program: Program, session: Session) -> int:
-        sites = [node for node in attentions(program) if padding_of(node) is not None]
+        sites = [node for node in attentions(program) if padding_of(node)]
+        if not sites:
+            session.log.refusals += [refusal(self.name, site, told) for site, told in _padding_in_numbers(program)]
         if not sites or session.fuel.empty:
             return 0
         try:
-            start, mask = _begin(sites[0])
-            walk = _walk(program, start)
-            _check(walk, mask)
-            self._rewrite(program, walk, start, mask)
+            start, padding = _begin(sites[0])
+            walk = _walk(start, sites[0])
+            _check(walk, padding)
+            self._rewrite(program, walk, start, padding)
         except Refused as refused:
             session.log.refusals.append(refusal(self.name, sites[0], refused))
             return 0
-        log_applied(session, self.name, Exactness.REASSOCIATED, (start.name, mask.name), (), start)
+        log_applied(session, self.name, Exactness.REASSOCIATED, (start.name, padding.tensor.name), (), start)
         DropDeadCode().run(program, session)
         program.graph.lint()
         return 1
 
-    def _rewrite(self, program: Program, walk: Walk, start: fx.Node, mask: fx.Node) -> None:
+    def _rewrite(self, program: Program, walk: Walk, start: fx.Node, padding: Padding) -> None:
         stages = Packing(walk.tokens, 0, start.meta["val"].device)
         rebuild = PackedRebuild(program, walk, stages)
         with rebuild.whole():
-            build = rebuild.builder(max(_after_inputs(start), mask).next, start)
+            build = rebuild.builder(max(after_inputs(start), padding.tensor).next, start)
             stages.batch = batch_size(build, start, walk.layouts[start])
             steps = walk.steps.values()
             ends = max(step.prefix for step in steps), max(step.suffix for step in steps)
-            flat = build.call(aten.reshape.default, mask, [-1, walk.tokens])
+            flat = _there(build, padding, walk.tokens)
             whole = build.call(aten.expand.default, flat, [stages.batch, walk.tokens])
             stages.pack(build, whole, *ends)
             layout = walk.layouts[start]
@@ -77,10 +80,10 @@ class Unpad(Pass):
             rebuild.stage[start] = 1
             for node in list(program.graph.nodes):
                 if node in walk.steps:
-                    self._check_padding(rebuild, node, mask)
+                    self._check_padding(rebuild, node, padding)
                     rebuild.node(node)
 
-    def _check_padding(self, rebuild: PackedRebuild, node: fx.Node, mask: fx.Node) -> None:
+    def _check_padding(self, rebuild: PackedRebuild, node: fx.Node, padding: Padding) -> None:
         """What is put back is zero at the padding: nobody may see another value there."""
         step = rebuild.walk.steps[node]
         if rebuild.writer(step) is not None or step.duty is Duty.SELECT:
@@ -88,66 +91,57 @@ class Unpad(Pass):
         if self.zero_padding and node.op == "output":
             return
         for operand in rebuild.walk.moving(node):
-            if rebuild.stage.get(operand, 0) and not _vanishes(operand, mask):
+            if rebuild.stage.get(operand, 0) and not padding.vanishes(operand):
                 said = step.reason or "tokens are added up"
                 raise Refused(f"what {operand.name} holds for padding is read: {said}", node)
 
 
-def padding_mask(program: Program) -> fx.Node | None:
-    """The mask, not 0 where a token is there, of the first attention of a recognised program that has one."""
-    for site in attentions(program):
-        said = padding_of(site)
-        if isinstance(said, Keys):
-            found: fx.Node = arguments(site)["mask_tensors"][said.tensor]
-            return found
-    return None
+def _padding_in_numbers(program: Program) -> list[tuple[fx.Node, Refused]]:
+    """The first attention whose bias may hide padding, and why that is not enough; nothing where there is none."""
+    for node in attentions(program):
+        with contextlib.suppress(Refused):
+            if hiding_bias(program, node) is not None:
+                said = "numbers that are added to the scores may hide padding, but do not say that a token is not there"
+                return [(node, Refused(f"{said}; give the attention a mask of truth values", node))]
+    return []
 
 
-def _begin(site: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """What the first attention is a projection of, and its padding mask; the mask is known when the
-    packed part begins."""
+def padding_in(program: Program) -> Padding | None:
+    """The padding of the first attention of a recognised program that one tensor tells."""
+    return next(filter(None, map(Padding.of, attentions(program))), None)
+
+
+def _begin(site: fx.Node) -> tuple[fx.Node, Padding]:
+    """What the first attention is a projection of, and its padding; its mask is known when the packed part begins."""
     start = projected(arguments(site)["query"])
     if start is not None and is_call(start, (aten.permute.default,)) and start.args[1] == [1, 0, 2]:
         start = start.all_input_nodes[0]  # nn.MultiheadAttention computes with the tokens in front
-    said = padding_of(site)
-    if not isinstance(said, Keys) or start is None or rank(start) != 3:
+    padding = Padding.of(site)
+    if padding is None or start is None or rank(start) != 3:
         raise Refused("padding is not given as a mask over keys that are projected from the tokens", site)
-    mask: fx.Node = arguments(site)["mask_tensors"][said.tensor]
-    _move_behind(mask, start)
-    return start, mask
+    move_behind(padding.tensor, start)
+    return start, padding
 
 
-def _move_behind(node: fx.Node, start: fx.Node) -> None:
-    """Move what ``node`` needs, and ``node``, right behind ``start``, on which it does not depend."""
-    place = _after_inputs(start)
-    pending, needed = [node], set[fx.Node]()
-    while pending:
-        current = pending.pop()
-        if current is start:
-            raise Refused("the padding mask is computed from the tokens", node)
-        if current not in needed and current > place:
-            needed.add(current)
-            pending += current.all_input_nodes
-    for current in sorted(needed):
-        place.append(current)
-        place = current
+def _there(build: Builder, padding: Padding, tokens: int) -> fx.Node:
+    """``[batch or 1, tokens]``, not 0 where a token is there."""
+    flat = build.call(aten.reshape.default, padding.tensor, [-1, tokens])
+    return build.call(aten.logical_not.default, flat) if padding.inverted else flat
 
 
-def _after_inputs(node: fx.Node) -> fx.Node:
-    """``node``, or the last input where it is an input: nothing may stand between those."""
-    while node.next.op == "placeholder":
-        node = node.next
-    return node
-
-
-def _walk(program: Program, start: fx.Node) -> Walk:
-    batch, tokens, width = shape(start)
-    if not isinstance(tokens, int):
+def _walk(start: fx.Node, site: fx.Node) -> Walk:
+    """The walk from ``start``, whose tokens lie behind the samples or in front of them, as the attention tells."""
+    first, second, width = shape(start)
+    behind: Layout = (Batch(first),), (Span(0, second),), *plain([width])
+    if not isinstance(second, int):
         raise Refused("the number of tokens is a symbol; capture with a fixed length", start)
-    return Walk.behind(start, ((Batch(batch),), (Span(0, tokens),), *plain([width])), tokens)
+    walk = Walk.behind(start, behind, second)
+    if site in walk.layouts or not isinstance(first, int) or not size_equal(first, shape(site)[2]):
+        return walk
+    return Walk.behind(start, ((Span(0, first),), (Batch(second),), *plain([width])), first)
 
 
-def _check(walk: Walk, mask: fx.Node) -> None:
+def _check(walk: Walk, padding: Padding) -> None:
     """Every attention on tokens hides the same padding, from its own tokens."""
     for node, step in walk.steps.items():
         if step.duty is not Duty.ATTENTION:
@@ -157,30 +151,20 @@ def _check(walk: Walk, mask: fx.Node) -> None:
             raise Refused("an attention mixes tokens with others", node)
         others = beside_padding(node)
         ends = max(step.prefix for step in walk.steps.values()) or max(step.suffix for step in walk.steps.values())
-        if ends and given["mask_fill"] is not None and not isinstance(others, Everything):
-            raise Refused("a token that may be padding is read, and hidden scores are numbers in windows", node)
-        said = padding_of(node)
-        if not isinstance(said, Keys) or given["mask_tensors"][said.tensor] is not mask:
+        if given["mask_fill"] is not None:
+            _check_fill(node, given["mask_fill"], others, bool(ends), walk.tokens)
+        if Padding.of(node) != padding:
             raise Refused("the attentions have different padding masks", node)
     if not any(step.heavy for step in walk.steps.values() if step.kind is not Kind.BARRIER):
         raise Refused("no work on tokens follows")
 
 
-def _vanishes(node: fx.Node, mask: fx.Node) -> bool:
-    """Whether ``node`` is zero wherever the mask is: a product with it, or with what is cast from it."""
-    if node is mask:
-        return True
-    if is_call(node, (aten.mul.Tensor,)):
-        return any(
-            _vanishes(operand, mask) and _spans(operand, node) for operand in node.all_input_nodes if is_tensor(operand)
-        )
-    if is_cast(node) or is_call(node, _MOVES) or is_call(node, (aten.ne.Scalar,)):
-        if is_call(node, (aten.ne.Scalar,)) and node.args[1] != 0:
-            return False
-        return _vanishes(node.all_input_nodes[0], mask)
-    return False
-
-
-def _spans(operand: fx.Node, product: fx.Node) -> bool:
-    """Whether a factor has the batch and the tokens of the product, in front."""
-    return rank(operand) == rank(product) and sizes_equal(shape(operand)[:2], shape(product)[:2])
+def _check_fill(node: fx.Node, fill: float, others: Predicate, ends: bool, tokens: int) -> None:
+    """Where hidden scores are numbers, padding has a weight unless each token sees some key. Raises ``Refused``."""
+    if fill > HIDDEN:
+        raise Refused(f"hidden scores are {fill:g}, so that padding keeps a weight", node)
+    if ends and not isinstance(others, Everything):
+        raise Refused("a token that may be padding is read, and hidden scores are numbers in windows", node)
+    seen = to_dense(others, [], 1, 1, tokens, tokens).expand(-1, -1, tokens, tokens)
+    if not bool(seen[0, 0].diagonal().all()):
+        raise Refused("a token may see no key that is there, and hidden scores are numbers", node)

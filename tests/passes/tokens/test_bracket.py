@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.ir import ops
 from regraft.ir.driver import Fuel, Session
 from regraft.passes.tokens.bracket import BracketAttention
 from tests.passes.tokens.models import images, outputs, recognised, relative, texts, tiny
-from tests.passes.tokens.test_legality import TOKENS, WIDTH, Causal, Encoder, encoder, numbers
+from tests.passes.tokens.test_legality import HEADS, TOKENS, WIDTH, Causal, Encoder, encoder, numbers
 from tests.passes.tokens.test_reduce import MeanOfTokens
 
 
@@ -111,4 +112,22 @@ def test_a_modulated_block_is_bracketed() -> None:
     program = recognised(Modulated().double(), (pairs, numbers(2, 4, seed=3)))
     (before,) = outputs(program)
     assert bracketed(program, 5).log.of("bracket-attention").fired == 1
+    assert relative(outputs(program)[0], before) <= 1e-12
+
+
+def test_a_mask_that_is_made_behind_the_tokens_is_known_where_they_merge() -> None:
+    """Tokens that are inputs themselves, in front of the mask, and a mask that is computed once they are projected."""
+
+    class Masked(Encoder):
+        def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+            parts = self.blocks[0].projections(x).reshape(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+            mask = hidden.logical_not()[:, None, None]
+            x = x + F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).flatten(2)
+            return x.mean(1)
+
+    hidden = torch.arange(TOKENS) >= torch.tensor([[TOKENS], [8]])
+    x = numbers(2, TOKENS // 2, WIDTH).repeat_interleave(2, dim=1)
+    program = recognised(Masked([(True, False)], "mean").double(), (x, hidden))
+    (before,) = outputs(program)
+    assert BracketAttention(3).run(program, Session(verify="off")) == 1
     assert relative(outputs(program)[0], before) <= 1e-12

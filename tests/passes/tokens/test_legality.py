@@ -22,6 +22,7 @@ from regraft.passes.tokens.step import Duty, Kind
 from tests.passes.tokens.models import outputs, recognised, relative, tiny, values
 
 WIDTH, HEADS, TOKENS = 8, 2, 12
+SCALES = torch.linspace(0.5, 2.0, 2 * WIDTH, dtype=torch.float64).reshape(2, WIDTH)
 
 
 class Block(nn.Module):
@@ -62,8 +63,11 @@ HEAD: dict[str, Callable[[Tensor], Tensor]] = {
     "maximum": lambda x: x.amax(1),
     "flattened": lambda x: x.reshape(-1, WIDTH).tanh().reshape(x.shape[0], TOKENS, WIDTH).mean(1),
     "channels first": lambda x: x.transpose(1, 2).mean(-1),
+    "samples behind": lambda x: x.transpose(0, 1).mean(0),
     "grid": lambda x: x.transpose(1, 2).reshape(x.shape[0], WIDTH, 3, 4).sum((-1, -2)),
     "sorted": lambda x: x.sort(dim=1).values[:, 0],
+    "normed over samples": lambda x: F.batch_norm(x.transpose(1, 2), *SCALES, weight=SCALES[0]).mean(-1),
+    "beside zeros": lambda x: torch.where(x > 0, x, torch.zeros_like(x)).mean(1),
 }
 
 

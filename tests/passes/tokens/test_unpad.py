@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,10 +103,10 @@ def test_packed_tokens_are_as_many_as_there_are() -> None:
 class Block(nn.Module):
     """An attention with a padding mask, and what a test does with its tokens."""
 
-    def __init__(self, read: str) -> None:
+    def __init__(self, read: str, fill: float = -torch.inf) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.projections, self.read = nn.Linear(8, 24), read
+        self.projections, self.read, self.fill = nn.Linear(8, 24), read, fill
         self.bias = nn.Parameter(torch.randn(1, 2, 6, 6))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -113,13 +115,23 @@ class Block(nn.Module):
         scores = query @ key.transpose(-1, -2) / 2
         if self.read == "bias":
             scores = scores + self.bias
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        if self.read == "earlier":
+            hidden = hidden | torch.ones(6, 6, dtype=torch.bool).triu()
+        if self.read == "added":
+            scores, hidden = scores + hidden * self.fill, torch.zeros_like(hidden)
+        weights = scores.masked_fill(hidden, self.fill).softmax(-1)
         y = x + (weights @ value).transpose(1, 2).flatten(2)
         y = self.projections(y)
         if self.read == "mean":
             return y.mean(1)
         if self.read == "windows":
             return y.reshape(y.shape[0], 2, 3, -1).amax(2) * mask[:, :2, None]
+        if self.read == "filled":
+            return y.masked_fill(mask[..., None] == 0, 0.0).sum(1)
+        if self.read == "chosen":
+            return torch.where(mask[..., None] > 0, y, torch.zeros_like(y)).sum(1)
+        if self.read == "gated":
+            y = y * (y * mask[..., None]).sum(1, keepdim=True)
         return (y * mask[..., None]).sum(1)
 
 
@@ -140,6 +152,19 @@ def test_what_reads_padding_is_refused(read: str, reason: str) -> None:
     assert "test_unpad.py" in session.log.refusals[0].user_line
 
 
+@pytest.mark.parametrize(
+    ("read", "fill", "reason"),
+    [
+        ("masked", -5.0, "hidden scores are -5, so that padding keeps a weight"),
+        ("added", -1e9, "numbers that are added to the scores may hide padding"),
+        ("earlier", -1e9, "a token may see no key that is there, and hidden scores are numbers"),
+    ],
+)
+def test_padding_that_has_a_weight_is_refused(read: str, fill: float, reason: str) -> None:
+    args = torch.randn(2, 6, 8), torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    assert reason in unpadded(recognised(Block(read, fill), args)).log.refusals[0].reason
+
+
 def test_a_program_without_padding_is_left_alone() -> None:
     given = texts()
     program = recognised(tiny("bert"), {"input_ids": given["input_ids"]})
@@ -155,6 +180,33 @@ def test_tokens_that_are_inputs_themselves_are_packed() -> None:
     assert relative(outputs(program)[0], outputs(before)[0]) <= 1e-5
 
 
+@pytest.mark.parametrize("read", ["filled", "gated"])
+def test_what_is_zero_at_the_padding_and_what_belongs_to_a_sample_is_packed(read: str) -> None:
+    """What belongs to a sample met the tokens of all samples, and each got that of the first."""
+    args = torch.randn(3, 6, 8), torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6, [0, 1, 0, 1, 0, 0]])
+    program = recognised(Block(read), args)
+    before = program.copy()
+    assert unpadded(program).log.of("unpad").fired == 1
+    assert relative(outputs(program)[0], outputs(before)[0]) <= 1e-5
+
+
+def test_a_mask_that_is_true_for_padding_is_understood() -> None:
+    class Inverted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+            x = self.encoder(x, src_key_padding_mask=hidden).masked_fill(hidden[..., None], 0.0)
+            return x.sum(1) / (~hidden).sum(1, keepdim=True)
+
+    program = recognised(Inverted(), (torch.randn(3, 6, 8), torch.arange(6) >= torch.tensor([[6], [2], [4]])))
+    before = program.copy()
+    assert unpadded(program).log.of("unpad").fired == 1
+    assert relative(outputs(program)[0], outputs(before)[0]) <= 1e-5
+
+
 def test_attention_with_the_tokens_in_front_is_packed() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -165,9 +217,19 @@ def test_attention_with_the_tokens_in_front_is_packed() -> None:
         def forward(self, x: Tensor, there: Tensor) -> Tensor:
             return (self.encoder(x, src_key_padding_mask=~there) * there[..., None]).sum(1)
 
-    for batch in (2, 6):  # as many samples as tokens, too
+    class InFront(Masked):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, x: Tensor, there: Tensor) -> Tensor:
+            x = self.encoder(x.transpose(0, 1), src_key_padding_mask=~there).transpose(0, 1)
+            return (x * there[..., None]).sum(1)
+
+    for batch, make in itertools.product((2, 6), (Masked, InFront)):  # as many samples as tokens, too
         there = torch.arange(6) < torch.arange(1, batch + 1)[:, None]
-        program = recognised(Masked(), (torch.randn(batch, 6, 8), there))
+        program = recognised(make(), (torch.randn(batch, 6, 8), there))
         before = program.copy()
         assert unpadded(program).log.of("unpad").fired == 1
         assert relative(outputs(program)[0], outputs(before)[0]) <= 1e-5

@@ -145,3 +145,27 @@ def test_queries_that_are_weights_stay() -> None:
 
 def test_registers_behind_a_class_token_are_protected() -> None:
     assert examine(recognised(seeded(Registers), (numbers(2, TOKENS, WIDTH),))).prefix == 3
+
+
+class InFront(nn.Module):
+    """An encoder of PyTorch's with the tokens in front of the samples, which is its default, and registers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.registers = nn.Parameter(torch.randn(ALONE, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat((self.registers.expand(-1, x.shape[0], -1), x.transpose(0, 1)))
+        return self.encoder(x).mean(0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["tome", "tome-stream", "prune-flow"])
+def test_tokens_may_lie_in_front_of_the_samples(method: str) -> None:
+    program = recognised(seeded(InFront), (twins(),))
+    assert examine(program).prefix == ALONE
+    (before,) = outputs(program)
+    session = Session(verify="off")
+    assert ReduceTokens((3, 2), method).run(program, session) == 2 and not session.log.refusals
+    assert relative(outputs(program)[0], before) <= (1.0 if method.startswith("prune") else 1e-12)
