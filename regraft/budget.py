@@ -85,7 +85,8 @@ def _spend(spending: Spending, exact: Build, model: nn.Module, target: str, veri
         return exact, _told(budget, found, rehearsal, None, None)
     made = _finished(exact, found.chosen, target, verify)
     sure = confidence_of_look(budget.confidence, found.looks)  # the look that chose it, by the model as it is built
-    held = estimate(rehearsal.held_out_by(made.entry.executable), sure, budget.is_rate)
+    losses = rehearsal.held_out_by(made.entry.executable)
+    held = estimate(losses, sure, budget.counts_errors(losses))
     ratios = rehearsal.ratios_of(made.entry.executable)
     ratio, bound = median(ratios), median_bound(ratios, _SURE)
     if not (held.within(budget.limit) and ratio <= WORTH_IT and bound < 1.0):

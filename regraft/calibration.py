@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from sympy import Symbol  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from regraft.build import Entry
 from regraft.errors import SourceError
@@ -88,6 +89,7 @@ def split(calls: list[Call], entry: Entry, seed: int) -> Calibration:
             )
     if len(calls) < _FEWEST_BATCHES:
         raise BudgetError("the calibration holds one batch; give at least two, one to calibrate with and one held out")
+    _refuse_repeated(calls)
     order = list(range(len(calls)))
     random.Random(seed).shuffle(order)
     half = len(order) // 2
@@ -99,6 +101,20 @@ def split(calls: list[Call], entry: Entry, seed: int) -> Calibration:
             f"{_FEWEST_SAMPLES} to calibrate with and {_FEWEST_SAMPLES} held out"
         )
     return made
+
+
+def _refuse_repeated(calls: list[Call]) -> None:
+    """Raise ``BudgetError`` where two batches are the same memory: what is held out would have been calibrated with."""
+    seen: dict[tuple[Any, ...], int] = {}
+    for number, (args, kwargs) in enumerate(calls):
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.numel()]
+        places = tuple((value.data_ptr(), value.shape, value.stride()) for value in tensors)
+        first = seen.setdefault(places, number)
+        if places and first != number:
+            raise BudgetError(
+                f"calibration batches {first} and {number} are the same tensors; give each sample once, and copies of "
+                "what is filled anew for each batch"
+            )
 
 
 def covered(calls: list[Call], entry: Entry) -> dict[Symbol, tuple[int, int]]:
@@ -128,8 +144,8 @@ def stored_batches(path: Path, example: Call) -> list[Call]:
             raise SourceError(
                 f"the folder {path} holds no safetensors file; give one for each batch, or one file of all"
             )
-        return [Call(*read_inputs(file)) for file in files]
-    args, kwargs = read_inputs(path)
+        return [_stored(file, example) for file in files]
+    args, kwargs = _stored(path, example)
     size, number = samples_of(example), samples_of(Call(args, kwargs))
 
     def cut(value: Tensor, at: int) -> Tensor:
@@ -139,6 +155,18 @@ def stored_batches(path: Path, example: Call) -> list[Call]:
         Call(tuple(cut(value, at) for value in args), {name: cut(value, at) for name, value in kwargs.items()})
         for at in range(0, number - size + 1, size)
     ]
+
+
+def _stored(path: Path, example: Call) -> Call:
+    """The inputs in a file. Raises ``SourceError`` where they have other names than those of the model."""
+    held = Call(*read_inputs(path))
+    given, wanted = ([*map(str, range(len(args))), *sorted(kwargs)] for args, kwargs in (held, example))
+    if given != wanted:
+        raise SourceError(
+            f"{path} holds the inputs {', '.join(given) or 'none'}, and the model takes {', '.join(wanted)}; name them "
+            "so (0, 1, … are positional inputs)"
+        )
+    return held
 
 
 def samples_of(call: Call) -> int:

@@ -189,7 +189,7 @@ class CompiledModule(StandIn):
         self._freed, self._recapture = True, False
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the most recently used entry as an artifact; raises ``ArtifactError``."""
+        """Write what a budget was spent on, else the entry used last, as an artifact; raises ``ArtifactError``."""
         from regraft.artifact import save
         from regraft.kernels import kernel_members
 
@@ -197,9 +197,10 @@ class CompiledModule(StandIn):
             raise ArtifactError(f"{path} was not saved: the original's weights were freed; save before freeing them")
         if not self._entries:
             raise ArtifactError(f"{path} was not saved: nothing is compiled yet; call the model once, then save")
-        entry = max(self._entries, key=lambda held: held.used)
+        latest = max(self._entries, key=lambda held: held.used)
+        entry = next((held for held in self._entries if held is self._spent), latest)
         if len(self._entries) > 1:
-            _LOG.warning("the model holds code for %d shapes; the latest is saved", len(self._entries))
+            _LOG.warning("code for %d shapes is held; that of a budget, else the latest, is saved", len(self._entries))
         tuning = getattr(entry.executable, "tuning", b"")  # loading measures nothing, and picks the same kernels
         members = kernel_members(entry.executable) | ({"tuning.jsonl": tuning} if tuning else {})
         if self._options.experts is not None:
@@ -336,6 +337,7 @@ class CompiledModule(StandIn):
         told = replace(told, inputs=inputs)
         if self._report.budget is None or not self._report.budget.stands_beside(told):
             self._report.budget = told
+            self._spent = made.entry if told.spent else None
         if told.refused:
             self._event("budget", f"{told.refused}; the model is the exact one")
         elif told.covers:
@@ -372,6 +374,7 @@ class CompiledModule(StandIn):
         self._waiting: dict[Hashable, int] = {}
         self._by_strides = False  # whether a program holds for the strides of its inputs only
         self._since = next(self._clock)
+        self._spent = None  # what the report's budget is of, where it is not exact
         self._captured: dict[int, Tensor] = {}  # the model's own tensors that entries read, by identity
 
     def _weights_changed(self) -> None:

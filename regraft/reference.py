@@ -22,7 +22,7 @@ from regraft.errors import CaptureError
 from regraft.ir.nodes import is_tensor, shape
 from regraft.ir.program import Program
 
-_LARGE = 8 << 20  # bytes of the largest activation that is computed at once
+_LARGE = 4 << 20  # bytes of the largest activation that is computed at once
 _FEWEST = 2  # rows of a part: a batch of one may be another case to a model
 
 

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from numbers import Real
 
+import numpy as np
+from numpy.typing import NDArray
+
 from regraft.passes.budget.errors import BudgetError
 from regraft.passes.budget.metric import METRICS, RATES, MetricFunction, metric_name
 
@@ -60,6 +63,11 @@ class Budget:
     def is_rate(self) -> bool:
         """Whether the metric counts errors."""
         return isinstance(self.metric, str) and self.metric in RATES
+
+    def counts_errors(self, losses: NDArray[np.float64]) -> bool:
+        """Whether the losses of a rewrite are errors that are counted: those of a metric of one's own are, as far as
+        anyone can tell, where each is 0 or 1. No spread of them shows how many errors were not drawn."""
+        return self.is_rate or (callable(self.metric) and bool(np.isin(losses, (0.0, 1.0)).all()))
 
     def __str__(self) -> str:
         return f"{metric_name(self.metric)} ≤ {self.limit:g}"

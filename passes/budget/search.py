@@ -106,7 +106,8 @@ class _Search:
                 return
 
     def _exact(self) -> Estimate:
-        exact = self._estimate(self.trials.losses(()))
+        losses = checked(self.trials.losses(()), self.budget.limit)
+        exact = estimate(losses, confidence_of_look(self.budget.confidence, 1), self.budget.is_rate)
         if math.isnan(exact.mean):
             raise BudgetError(
                 "the metric is not a number (NaN) for the exact model on the calibration data; check the data, the "
@@ -131,7 +132,7 @@ class _Search:
         """What the losses say of the mean, as sure as a look at held-out data must be. Calibration data are asked as
         the first look is: what does not hold there will hardly hold on other data."""
         sure = confidence_of_look(self.budget.confidence, look)
-        return estimate(checked(losses, self.budget.limit), sure, self.budget.is_rate)
+        return estimate(checked(losses, self.budget.limit), sure, self.budget.counts_errors(losses))
 
     def _try(self, composition: Composition, space: Space) -> Tried:
         """Run a composition on the calibration data, once."""
@@ -278,6 +279,10 @@ class _Search:
 
     def _why(self) -> str:
         limit = f"{self.budget}"
+        if not self.found.tried:
+            if self.found.stop == "done":
+                return "every rewrite alone loses more than the budget"
+            return f"the {self.budget.seconds:g} seconds were over before a rewrite was tried; give the search more"
         if not any(self._holds(tried) for tried in self.found.tried):
             known = [tried.loss for tried in self.found.tried if tried.loss is not None]
             told = [loss for loss in known if not math.isnan(loss.mean)]

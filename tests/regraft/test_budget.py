@@ -90,6 +90,9 @@ def test_an_artifact_keeps_the_model_and_the_decisions(model: nn.Module, tmp_pat
     loaded = regraft.load(tmp_path / "model.regraft")
     assert torch.equal(loaded(batch(50)), fast(batch(50)))
     assert loaded.report.budget == fast.report.budget
+    fast(batch(50, size=3))  # exact code for another shape, used later than the one that the report tells of
+    fast.save(tmp_path / "again.regraft")
+    assert torch.equal(regraft.load(tmp_path / "again.regraft")(batch(50)), fast(batch(50)))
 
 
 def test_keyword_inputs_a_generator_and_the_first_call(model: nn.Module) -> None:
@@ -122,6 +125,7 @@ def wrong(output: Tensor, reference: Tensor) -> Any:
     [
         (of_batches(), "the calibration holds no batch"),
         (of_batches(batch(1)), "the calibration holds one batch"),
+        (of_batches(BATCHES[0], BATCHES[1], BATCHES[0].view(8, 16, 32)), "batches 0 and 2 are the same tensors"),
         (
             of_batches(batch(1), batch(2, size=4)),
             r"calibration batch 1 is float32\[4, 16, 32\], and the model was comp",

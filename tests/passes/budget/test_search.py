@@ -221,6 +221,30 @@ def test_too_few_samples_for_a_rate_are_refused() -> None:
         search(Arithmetic(samples=20), Budget("top1", 0.01), [], SITES)
 
 
+class Faultless(Arithmetic):
+    """Of errors that are rare none was drawn."""
+
+    def _drawn(self, mean: float, seed: int) -> Array:
+        return np.zeros(self.samples)
+
+
+def test_errors_that_a_metric_of_ones_own_counts_are_bounded_as_errors_are() -> None:
+    """No error in 20 samples leaves a rate of 23 % possible; their spread, which is 0, said that there is none."""
+
+    def changed(output: object, reference: object) -> float:
+        return 0.0
+
+    few = search(Faultless(samples=20), Budget(changed, 0.01), [], SITES)
+    assert few.chosen is None and "the mildest that was tried loses 0, which may be 0.23" in few.why
+    many = search(Faultless(samples=1000), Budget(changed, 0.01), [], SITES).chosen
+    assert many is not None and many.held_out is not None and 0 < many.held_out.upper <= 0.01
+
+
+def test_a_search_that_had_no_time_says_so() -> None:
+    found = search(Arithmetic(), Budget("kl", 1e-9, seconds=1e-9), [], SITES)
+    assert not found.tried and found.why.startswith("the 1e-09 seconds were over before a rewrite was tried")
+
+
 def test_of_models_that_are_alike_in_time_the_one_that_loses_least_is_taken() -> None:
     class Alike(Arithmetic):
         def ratio(self, composition: Composition, thorough: bool = False) -> float:

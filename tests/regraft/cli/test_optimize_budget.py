@@ -34,6 +34,7 @@ def root(tmp_path: Path) -> Path:
     samples = torch.cat([batch(seed) for seed in range(1, 9)])
     save_file({"0": torch.cat([samples, samples[:2]])}, tmp_path / "samples.safetensors")
     save_file({"0": samples[:1].contiguous()}, tmp_path / "one.safetensors")
+    save_file({"x": samples}, tmp_path / "named.safetensors")
     (tmp_path / "batches").mkdir()
     for seed in range(1, 9):
         save_file({"0": batch(seed)}, tmp_path / "batches" / f"{seed}.safetensors")
@@ -84,6 +85,7 @@ def test_a_budget_of_zero_writes_the_exact_model_without_data(root: Path) -> Non
         (("--budget", "kl=0.1", "--calibration", "missing"), 2, "cannot be read"),
         (("--budget", "kl=0.1", "--calibration", "none"), 2, "holds no safetensors file"),
         (("--budget", "kl=0.1", "--calibration", "one.safetensors"), 1, "the calibration holds no batch"),
+        (("--budget", "kl=0.1", "--calibration", "named.safetensors"), 2, "holds the inputs x, and the model takes 0;"),
     ],
 )
 def test_what_is_wrong_gets_a_sentence_and_no_artifact(
