@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import version
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import regraft.codegen.timing
+import regraft.ir.program
+import regraft.passes.base
+import regraft.solvers
 from bench import scaling, shard, variants
-from bench.cold import PeakMemory
+from bench.cold import PeakMemory, write_bytecode
 from bench.decoder import PlainDecoder
 from bench.timing import time_in_turn, write_record
 
@@ -39,6 +44,13 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
         total = sum(float(tensor.sum()) for tensor in held)
         del held
     assert total > 0 and peak.added > 4 * (1 << 22) * 4 * 0.9
+
+
+def test_a_cold_compile_finds_the_bytecode_of_every_package() -> None:
+    write_bytecode()
+    for module in (regraft, regraft.ir.program, regraft.passes.base, regraft.codegen.timing, regraft.solvers):
+        assert module.__file__ is not None
+        assert Path(cache_from_source(module.__file__)).is_file()
 
 
 def test_the_plain_decoder_is_causal() -> None:
