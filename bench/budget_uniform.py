@@ -38,7 +38,7 @@ UNIFORM: dict[str, tuple[int, ...]] = {
     "minilm": (2, 4, 6, 8, 10, 12, 16),
 }
 _EQUAL = 1.001  # ratios up to which two losses are the same
-_ROUNDS = 21  # in which all models are timed, one after the other
+_ROUNDS = 41  # in which all models are timed, one after the other
 
 UniformPoint = tuple[int, float, float]
 Name = tuple[str, ...]

@@ -10,6 +10,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+_CLEAR = 3.0  # one of some dozens that are compared may seem better by two by chance
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -66,6 +68,16 @@ def typical(losses: NDArray[np.float64], rate: bool = False) -> float:
     if not losses.size:
         return math.nan
     return float(losses.mean() if rate else np.sqrt(np.maximum(losses, 0.0)).mean() ** 2)
+
+
+def is_clearly_less(losses: NDArray[np.float64], others: NDArray[np.float64], rate: bool = False) -> bool:
+    """Whether a rewrite loses less than another on the same samples, by more than ``_CLEAR`` standard errors of what
+    each sample says of both: of the roots, as above, for a ``rate`` of the losses."""
+    if len(losses) != len(others) or len(losses) < 2:
+        return False
+    less, more = (values if rate else np.sqrt(np.maximum(values, 0.0)) for values in (losses, others))
+    gain = more - less
+    return bool(gain.mean() > _CLEAR * gain.std(ddof=1) / math.sqrt(len(gain)))
 
 
 def _mean_bound(losses: NDArray[np.float64], confidence: float) -> float:

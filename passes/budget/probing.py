@@ -18,7 +18,7 @@ from regraft.solvers.schedule.tokens import TokenTable
 
 #: A rewrite is worth offering when the model takes at most this part of the exact model's time with it everywhere.
 WORTH_IT = 0.98
-_NEAR = 1.2  # up to here a measurement may have been a bad moment
+_NEAR = 1.5  # up to here a measurement may have been a bad moment
 _CHEAP = 0.1  # part of the limit below which a family is not taken apart: all of it hardly matters
 _LEVELS = (1 / 4, 1 / 8, 1 / 2, 1 / 16)  # parts of the tokens that a cut removes, the most telling first
 _WORK_LAYERS = 6

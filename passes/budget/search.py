@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from regraft.passes.budget.budget import Budget
 from regraft.passes.budget.candidate import Candidate, Composition, name_of
 from regraft.passes.budget.errors import BudgetError
-from regraft.passes.budget.estimate import Estimate, confidence_of_look, estimate
+from regraft.passes.budget.estimate import Estimate, confidence_of_look, estimate, is_clearly_less
 from regraft.passes.budget.neighbours import Space
 from regraft.passes.budget.probing import WORTH_IT, Measured, measure
 from regraft.passes.budget.token_sites import TokenSites
@@ -22,7 +22,7 @@ from regraft.passes.budget.trials import Array, Clock, Trials, Tried, checked
 from regraft.solvers.schedule.choice import Choice
 
 _LADDER = 14  # limits that the solvers are asked about
-_FINALISTS = 5
+_FINALISTS, _UNIFORM = 5, 2
 _ALIKE = 0.03  # part by which times vary from one measurement to the next
 _NEAR = 0.1  # and by which what is predicted of them may be wrong
 _SEARCH, _TRIES = 0.3, 10  # the part of the time that so many tries are to take
@@ -140,7 +140,7 @@ class _Search:
         if key not in self.known:
             loss, seconds = space.predict(composition)
             losses = self.trials.losses(composition, self._batches())
-            tried = Tried(composition, loss, seconds, self._estimate(losses))
+            tried = Tried(composition, loss, seconds, self._estimate(losses), losses=losses)
             self.known[key] = tried
             self.found.tried.append(tried)
         return self.known[key]
@@ -245,14 +245,17 @@ class _Search:
                     self._try(composition, space)
         self._try_milder(fitting(), space)
         ordered = sorted(fitting(), key=lambda tried: tried.predicted_seconds)
-        made, rest = ordered[: _FINALISTS - 1], ordered[_FINALISTS - 1 :]
+        # A schedule that is not faster than a uniform one is not worth its name.
+        made = ordered[:1] + [tried for tried in ordered if self._is_uniform(tried)][:_UNIFORM]
+        made, rest = made + ordered[1 : _FINALISTS - 1], ordered[_FINALISTS - 1 :]
         # Predicted times may be wrong: what gives up most may be fast, and what loses least of the near ones as fast.
         made += sorted(rest, key=lambda tried: -tried.predicted_loss)[:1]
         near = [tried for tried in rest if tried.predicted_seconds <= (1 + _NEAR) * ordered[0].predicted_seconds]
         made += sorted(near, key=_typical)[:1]
-        # A schedule that is not faster than a uniform one is not worth its name.
-        made += [tried for tried in ordered if name_of(tried.composition) in self.even][:2]
         return list({id(tried): tried for tried in made}.values())
+
+    def _is_uniform(self, tried: Tried) -> bool:
+        return name_of(tried.composition) in self.even
 
     def _try_milder(self, held: Sequence[Tried], space: Space) -> None:
         """Try the uniform composition that removes less than the strongest that holds: it may be as fast."""
@@ -263,8 +266,8 @@ class _Search:
             self._try(self.even[ladder[strongest - 1]], space)
 
     def _timed(self, finalists: Sequence[Tried]) -> Iterator[Tried]:
-        """Finalists with their measured time, the fastest first; among those that are as fast as it but for what times
-        vary by, the ones that lose least."""
+        """Finalists with their measured time, the fastest first; of those that are as fast as it but for what times
+        vary by, the one that is worth most."""
         for tried in finalists:
             if tried.seconds is None:
                 ratio = self.trials.ratio(tried.composition, thorough=True)
@@ -272,10 +275,17 @@ class _Search:
         left = list(finalists)
         while left:
             fastest = min(tried.seconds or math.inf for tried in left)
-            alike = [tried for tried in left if (tried.seconds or math.inf) <= fastest * (1 + _ALIKE)]
-            best = min(alike, key=_typical)
+            best = self._best([tried for tried in left if (tried.seconds or math.inf) <= fastest * (1 + _ALIKE)])
             left.remove(best)
             yield best
+
+    def _best(self, alike: Sequence[Tried]) -> Tried:
+        """The one that loses least of some that are equally fast. A schedule that was picked out of many by its loss
+        loses more on other data than it did on those (the winner's curse): a uniform one, which was not, gives way to
+        it only where the difference is clear."""
+        best = min(alike, key=_typical)
+        uniform = min(filter(self._is_uniform, alike), key=_typical, default=best)
+        return best if is_clearly_less(best.losses, uniform.losses, self.budget.is_rate) else uniform
 
     def _why(self) -> str:
         limit = f"{self.budget}"

@@ -51,10 +51,11 @@ class TokenSites:
         return True
 
     def uniform(self, method: str, number: int) -> tuple[int, ...]:
-        """``number`` tokens behind every layer that allows it, fewer where there are not as many."""
+        """``number`` tokens behind every layer that allows it; where those are too many, the most that is offered."""
         removed, left = [], self.tokens
         for legal in self.legal[method]:
-            removed.append(min(number, self.most(method, left)) if legal else 0)
+            most = self.most(method, left) if legal else 0
+            removed.append(number if number <= most else max(offer for offer in self.removals if offer <= most))
             left -= removed[-1]
         return tuple(removed)
 

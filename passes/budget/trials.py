@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -50,7 +50,8 @@ class Trials(Protocol):
 
 @dataclass
 class Tried:
-    """One composition: what was predicted of it, and what was measured. Times are in seconds a call."""
+    """One composition: what was predicted of it, and what was measured: ``losses`` of each calibration sample, and what
+    they come to. Times are in seconds a call."""
 
     composition: Composition
     predicted_loss: float
@@ -58,6 +59,7 @@ class Tried:
     loss: Estimate | None = None
     seconds: float | None = None
     held_out: Estimate | None = None
+    losses: Array = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
 
     @property
     def name(self) -> str:

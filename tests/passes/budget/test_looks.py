@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from regraft.passes.budget.budget import Budget
-from regraft.passes.budget.estimate import confidence_of_look, estimate
+from regraft.passes.budget.estimate import confidence_of_look, estimate, is_clearly_less
 from regraft.passes.budget.search import search
 from tests.passes.budget.test_search import SITES, Arithmetic
 
@@ -50,3 +50,11 @@ def test_the_search_asks_for_more_at_every_look(drift: float) -> None:
     }
     given = [tried.held_out for tried in looked]
     assert all(any(held in wanted[look] for held in given) for look in wanted)
+
+
+def test_a_loss_is_clearly_less_by_more_than_what_the_samples_vary_by() -> None:
+    drawn = np.random.default_rng(0).gamma(0.3, 1.0, 200)  # a few samples have most of the loss
+    other = np.random.default_rng(1).gamma(0.3, 1.0, 200)
+    assert is_clearly_less(0.9 * drawn, drawn) and not is_clearly_less(drawn, 0.9 * drawn)
+    assert not is_clearly_less(drawn, other) and not is_clearly_less(other, drawn)
+    assert not is_clearly_less(drawn, drawn) and not is_clearly_less(drawn[:1], drawn)

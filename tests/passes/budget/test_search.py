@@ -256,6 +256,35 @@ def test_of_models_that_are_alike_in_time_the_one_that_loses_least_is_taken() ->
     assert found.chosen.loss.mean == min(tried.loss.mean for tried in timed if tried.loss is not None)
 
 
+@dataclass
+class AsFast(Arithmetic):
+    """All models take the same time; a uniform schedule loses 3e-3, any other ``lost``, by other samples each."""
+
+    lost: float = 0.0
+
+    def losses(self, composition: Composition, batches: int | None = None) -> Array:
+        self.seen.append("; ".join(c.name for c in composition))
+        removed = schedule_of(composition[0]) if composition else None
+        mean = 0.0 if removed is None else 3e-3 if len(set(removed)) == 1 else self.lost
+        return mean * np.random.default_rng(len(self.seen)).gamma(4.0, 0.25, self.samples)
+
+    def ratio(self, composition: Composition, thorough: bool = False) -> float:
+        return 0.8 if thorough else super().ratio(composition)
+
+
+@pytest.mark.parametrize(("lost", "uniform"), [(2.85e-3, True), (1e-3, False)])
+def test_a_uniform_schedule_gives_way_to_one_that_is_as_fast_where_that_clearly_loses_less(
+    lost: float, uniform: bool
+) -> None:
+    sites = TokenSites(32, 0, {"tome": (True,) * 4}, tuple(range(7)), "model.py:1 in forward")
+    found = search(AsFast(lost=lost), Budget("kl", 5e-3), [], sites)
+    assert found.chosen is not None
+    timed = [tried for tried in found.tried if tried.seconds is not None and tried.loss is not None]
+    best = min(timed, key=lambda tried: tried.loss.typical if tried.loss else math.inf)
+    assert len(set(schedule_of(best.composition[0]) or ())) > 1
+    assert (len(set(schedule_of(found.chosen.composition[0]) or ())) == 1) == uniform
+
+
 def test_the_same_seed_gives_the_same_answer() -> None:
     first, second = (search(Arithmetic(), Budget("kl", 5e-3), [], SITES).chosen for _ in range(2))
     assert first is not None and second is not None and first.composition == second.composition

@@ -103,6 +103,8 @@ def test_the_sites_of_a_program_are_those_where_its_tokens_can_go() -> None:
     candidate = sites.candidate("tome", (4, 2))
     assert candidate.rewrite.run(program.copy(), Session(verify="off")) == 2
     assert candidate.rewrite == ReduceTokens((4, 2), "tome")
+    coarse = TokenSites(16, 0, {"tome": (True, True, True)}, (0, 2, 4, 6), "")
+    assert coarse.uniform("tome", 6) == (6, 4, 2)  # of 10 tokens 5 may go, of 6 three: what is offered is less
 
 
 @pytest.mark.parametrize(
