@@ -105,11 +105,14 @@ class Bench:
         return kind(self.recognised, finishing("cpu"), self.entry, self.system.module, calibration, budget)
 
     def scheduled(self, limit: float, seconds: float, kind: type[Rehearsal]) -> Composition | None:
-        """What the search finds for a limit; None where the exact model remains."""
+        """What the search finds for a limit; None where the exact model remains, and why is printed."""
         calibration = split(self.calls, self.entry, self.seed)
         budget = Budget("kl", limit, seconds=seconds, seed=self.seed)
         found = search(self.rehearsal(calibration, kind, limit), budget, [], self.sites)
-        return found.chosen.composition if found.chosen is not None else None
+        if found.chosen is None:
+            print(f"{self.system.name}, seed {self.seed}, limit {limit:g}: {found.why}")
+            return None
+        return found.chosen.composition
 
 
 def compare(system: System, seed: int, by: str, seconds: float) -> Iterator[Point]:
