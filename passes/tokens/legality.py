@@ -7,18 +7,18 @@ behind a barrier, or over other tokens, begin walks of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from regraft.ir.mask import Band, Dense, Keys, Length, Lengths, Predicate, Same
+from regraft.ir.mask import Band, Bits, Dense, Keys, Length, Lengths, Predicate, Same
 from regraft.ir.nodes import arguments, shape, size_equal, user_line
 from regraft.ir.probe import Pool, Probe
 from regraft.ir.program import Program
 from regraft.passes.refused import Refused
 from regraft.passes.tokens.layout import Batch, Span, is_plain, plain, span_dim, span_of
-from regraft.passes.tokens.padding import conjuncts, is_of_keys
+from regraft.passes.tokens.padding import Told, conjuncts, is_of_keys, told_of_keys
 from regraft.passes.tokens.sites import Site, attentions, constant_ends, find_site, projected
 from regraft.passes.tokens.step import Duty, Kind, Step
 from regraft.passes.tokens.walk import Walk
@@ -89,12 +89,15 @@ def examine(program: Program, protect: int = 0, drops: bool = False, protect_end
     found.walk = _walk(program, first)
     found.reached |= {node for node in found.attentions if node in found.walk.layouts}
     source = projected(arguments(first)["query"])
+    behind = _Behind(program, found.walk)
     for node in found.attentions:
         try:
             if source is not None and program.is_made_of_weights(source):
                 raise Refused("the tokens come from weights, as the queries of a detector do", first)
             check_mask(program, node)
-            found.sites[node] = _site(found, node, drops)
+            site = _site(found, node, drops)
+            behind.check(site, found.steps(site))
+            found.sites[node] = site
         except Refused as refused:
             found.refused[node] = refused
     _protect(program, found, protect, protect_end)
@@ -144,6 +147,33 @@ def _site(found: Legality, attention: fx.Node, drops: bool) -> Site:
             if step.duty is Duty.SUM:
                 raise Refused("a sum over the tokens would miss those that are dropped", node)
     return site
+
+
+@dataclass
+class _Behind:
+    """The masks of the attentions behind a site: what they keep apart must not merge in front of them. Each is read
+    once."""
+
+    program: Program
+    walk: Walk
+    _told: dict[fx.Node, frozenset[Told]] = field(default_factory=dict)
+
+    def check(self, site: Site, steps: Iterable[tuple[fx.Node, Step]]) -> None:
+        """Raises ``Refused`` where an attention behind ``site`` says more of its keys than that of the site."""
+        here = self._of(site.attention)
+        for node, step in steps:
+            if step.duty is not Duty.ATTENTION:
+                continue
+            if not self._of(node) <= here and arguments(node)["key"] in self.walk.layouts:
+                raise Refused("an attention behind hides tokens that this one sees", node)
+
+    def _of(self, attention: fx.Node) -> frozenset[Told]:
+        if attention not in self._told:
+            check_mask(self.program, attention)
+            bias = hiding_bias(self.program, attention)
+            added: frozenset[Told] = frozenset() if bias is None else frozenset([("bias", (bias,))])
+            self._told[attention] = told_of_keys(attention) | added
+        return self._told[attention]
 
 
 def _check_gain(site: Site, steps: list[tuple[fx.Node, Step]]) -> None:
@@ -199,7 +229,7 @@ def check_mask(program: Program, attention: fx.Node) -> None:
                 raise Refused(
                     "the attention keeps documents apart, and tokens of two documents must not merge", attention
                 )
-            if isinstance(atom, Dense) or (isinstance(atom, Keys | Lengths) and not is_of_keys(part)):
+            if isinstance(atom, Bits | Dense) or (isinstance(atom, Keys | Lengths) and not is_of_keys(part)):
                 raise Refused(
                     "the mask of the attention is a tensor that does not say which tokens are padding", attention
                 )

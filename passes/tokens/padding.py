@@ -9,11 +9,13 @@ import torch
 from torch import fx
 
 from regraft.ir.mask import And, Keys, Lengths, Not, Or, Predicate, Prefix, parse
-from regraft.ir.mask.predicate import tensors_of
+from regraft.ir.mask.predicate import renumber, tensors_of
 from regraft.ir.nodes import arguments, dtype, is_call, is_tensor, rank, shape, sizes_equal
 from regraft.ir.pointwise import is_cast
 
 aten = torch.ops.aten
+#: A part of a mask as text, and the tensors that it reads.
+Told = tuple[str, tuple[fx.Node, ...]]
 _MOVES = (aten.unsqueeze.default, aten.expand.default, aten.permute.default, aten.reshape.default)
 
 
@@ -31,6 +33,16 @@ def padding_of(attention: fx.Node) -> tuple[Predicate, ...]:
 def hidden_keys(attention: fx.Node) -> tuple[Predicate, ...]:
     """The parts of an attention's mask that say of each key by itself whether it is there."""
     return tuple(filter(is_of_keys, conjuncts(attention)))
+
+
+def told_of_keys(attention: fx.Node) -> frozenset[Told]:
+    """``hidden_keys`` in words that are the same for all attentions which hide the same."""
+    tensors, told = arguments(attention)["mask_tensors"], set[Told]()
+    for part in hidden_keys(attention):
+        numbers = sorted(tensors_of(part))
+        words = str(renumber(part, {number: place for place, number in enumerate(numbers)}))
+        told.add((words, tuple(tensors[number] for number in numbers)))
+    return frozenset(told)
 
 
 def is_of_keys(predicate: Predicate) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.ir.driver import Session
@@ -58,3 +59,46 @@ def test_masks_that_say_something_else_of_tokens_are_refused() -> None:
     assert refusal(itself, given).startswith("the mask of the attention is a tensor that does not say which tokens are")
     weak = Written(lambda there: there[:, None, None], fill=-5.0).double()
     assert refusal(weak, given) == "hidden scores are -5, and keep a weight without the size of a token"
+
+
+class Behind(nn.Module):
+    """A layer in which each token sees its neighbours, and an attention with a mask behind it: from weights, or not."""
+
+    def __init__(self, crossed: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Encoder([(False, False)] * 2, "every token").blocks)
+        self.asked = nn.Parameter(torch.randn(1, 3, WIDTH)) if crossed else None
+
+    def attend(self, block: nn.Module, query: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        weights = block.projections.weight.chunk(3)
+        parts = [F.linear(source, weight) for source, weight in zip((query, x, x), weights, strict=True)]
+        split = [part.reshape(*part.shape[:2], HEADS, WIDTH // HEADS).transpose(1, 2) for part in parts]
+        return F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        places = torch.arange(TOKENS)
+        first, second = self.blocks
+        x = x + self.attend(first, x, x, (places[:, None] - places).abs() <= 1)
+        x = x + first.mlp(x)
+        query = x if self.asked is None else self.asked.expand(x.shape[0], -1, -1)
+        mask = told[:, None, None] if told.dtype == torch.bool else (told[:, :, None] == told[:, None])[:, None]
+        return self.attend(second, query, x, mask)[:, 0]
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "grid", "prune-cls"])
+@pytest.mark.parametrize("crossed", [False, True])
+def test_what_an_attention_behind_hides_does_not_merge_with_what_it_sees(method: str, crossed: bool) -> None:
+    """A memory whose padding only the decoder is told of, and a first layer that is local."""
+    there = torch.arange(TOKENS) < torch.tensor([[7], [TOKENS]])
+    program = recognised(Behind(crossed).double(), (numbers(2, TOKENS, WIDTH), there))
+    session = Session(verify="off")
+    assert ReduceTokens((3,) if crossed else (3, 0), method).run(program, session) == 0
+    (refused,) = session.log.refusals
+    assert refused.reason.startswith("an attention behind hides tokens that this one sees")
+    assert "test_padding.py" in refused.user_line
+
+
+def test_documents_that_an_attention_behind_keeps_apart_do_not_merge() -> None:
+    documents = (torch.arange(TOKENS) // 6).expand(2, -1).contiguous()
+    said = refusal(Behind(False).double(), (numbers(2, TOKENS, WIDTH), documents))
+    assert said == "the attention keeps documents apart, and tokens of two documents must not merge"
