@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from sympy import Symbol  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -90,6 +92,7 @@ def split(calls: list[Call], entry: Entry, seed: int) -> Calibration:
     if len(calls) < _FEWEST_BATCHES:
         raise BudgetError("the calibration holds one batch; give at least two, one to calibrate with and one held out")
     _refuse_repeated(calls)
+    _refuse_copies(calls)
     order = list(range(len(calls)))
     random.Random(seed).shuffle(order)
     half = len(order) // 2
@@ -115,6 +118,29 @@ def _refuse_repeated(calls: list[Call]) -> None:
                 f"calibration batches {first} and {number} are the same tensors; give each sample once, and copies of "
                 "what is filled anew for each batch"
             )
+
+
+def _refuse_copies(calls: list[Call]) -> None:
+    """Raise ``BudgetError`` where most batches are copies of others, as of data that are gone through again. A few are
+    what data may hold."""
+    copies = len(calls) - len(set(map(_contents, calls)))
+    if 2 * copies >= len(calls):
+        raise BudgetError(
+            f"{copies} of {len(calls)} calibration batches hold the same numbers as others, so that what is held out "
+            "would have been calibrated with; give each sample once"
+        )
+
+
+def _contents(call: Call) -> bytes:
+    """A digest of all that a call is given."""
+    digest = hashlib.blake2b()
+    for value in tree_leaves((call.args, dict(sorted(call.kwargs.items())))):
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(value).encode())
+    return digest.digest()
 
 
 def covered(calls: list[Call], entry: Entry) -> dict[Symbol, tuple[int, int]]:

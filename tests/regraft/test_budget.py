@@ -126,6 +126,7 @@ def wrong(output: Tensor, reference: Tensor) -> Any:
         (of_batches(), "the calibration holds no batch"),
         (of_batches(batch(1)), "the calibration holds one batch"),
         (of_batches(BATCHES[0], BATCHES[1], BATCHES[0].view(8, 16, 32)), "batches 0 and 2 are the same tensors"),
+        (of_batches(*BATCHES[:2], *(x.clone() for x in BATCHES[:2])), "2 of 4 calibration batches hold the same"),
         (
             of_batches(batch(1), batch(2, size=4)),
             r"calibration batch 1 is float32\[4, 16, 32\], and the model was comp",
