@@ -149,12 +149,12 @@ def _compared(reference: Any, name: str | None) -> dict[str, Tensor]:
 
 def _floating(output: Any) -> dict[str, Tensor]:
     """Floating-point tensors with a batch dim by their place in the output: "logits", "0", "past.0.1"; a lone tensor
-    is called "output"."""
+    is called "output". One that holds no number has nothing to compare."""
     leaves, _ = tree_flatten_with_path(output)
     return {
         ".".join(_step(key) for key in path) or "output": value
         for path, value in leaves
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0 and value.numel()
     }
 
 

@@ -67,11 +67,18 @@ def test_the_worst_output_counts_unless_one_is_named() -> None:
         losses("kl", output, reference, "probabilities")
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_output_that_holds_nothing_is_not_compared(metric: str) -> None:
+    output = {"logits": torch.eye(2), "past": torch.ones(2, 0, 4)}
+    assert losses(metric, output, output).tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("metric", "value", "reason"),
     [
         ("kl", torch.ones(3), "compares rows along the last dim"),
         ("kl", torch.tensor([1, 2]), "no floating-point output"),
+        ("kl", torch.ones(2, 0), "no floating-point output"),
         ("kl", (torch.ones(2, 3), torch.ones(4, 3)), "no common batch"),
     ],
 )
