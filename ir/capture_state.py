@@ -119,8 +119,10 @@ def _refill(value: Any, items: Any) -> None:
 
 
 def _equal(left: Any, right: Any) -> bool:
+    if left is right:
+        return True  # also where comparing gives no answer: tensors, and weak references to them
     if isinstance(left, _SYMBOLIC) or isinstance(right, _SYMBOLIC):
-        return left is right  # comparing would put a guard on a symbol
+        return False  # comparing would put a guard on a symbol
     if isinstance(left, (tuple, list)) and type(left) is type(right):
         return len(left) == len(right) and all(map(_equal, left, right))
     try:
