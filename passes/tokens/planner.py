@@ -140,7 +140,14 @@ def _unrotated(rebuild: Rebuild, build: Builder, key: fx.Node) -> fx.Node | None
     """Keys before their rotary embedding, because positions are no content; None where they have none."""
     if is_call(key, (ops.rope,)):
         return rebuild.value(arguments(key)["x"])
-    if not is_call(key, (aten.permute.default, aten.to.dtype)):
+    if is_call(key, (aten.cat.default,)):  # a part is rotated: some features, or all but the first tokens
+        parts = arguments(key)["tensors"]
+        found = [_unrotated(rebuild, build, part) for part in parts]
+        if not any(found):
+            return None
+        whole = [own or rebuild.value(part) for own, part in zip(found, parts, strict=True)]
+        return build.call(aten.cat.default, whole, arguments(key)["dim"])
+    if not is_call(key, (aten.permute.default, aten.to.dtype, aten.repeat_interleave.self_int)):
         return None
     inner = _unrotated(rebuild, build, key.all_input_nodes[0])
     return None if inner is None else build.call(key.target, inner, *key.args[1:], **key.kwargs)  # type: ignore[arg-type]

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.ir import ops
 from regraft.ir.driver import Session
 from regraft.passes.tokens.legality import examine, walks
 from regraft.passes.tokens.reduce import ReduceTokens
-from tests.passes.tokens.models import outputs, recognised, relative
+from tests.passes.tokens.models import outputs, recognised, relative, values
 
 WIDTH, HEADS, TOKENS, ALONE = 8, 2, 12, 2
 
@@ -132,6 +133,28 @@ def test_the_first_tokens_may_be_cut_off_and_put_back() -> None:
     (before,) = outputs(program)
     assert ReduceTokens((3, 1), "tome-stream").run(program, Session(verify="off")) == 2
     assert relative(outputs(program)[0], before) <= 1e-12
+
+
+class Rotated(Block):
+    """All but the first tokens are turned by a table of angles, and every head is repeated as often as it is."""
+
+    def turn(self, x: Tensor) -> Tensor:
+        angles = torch.arange(TOKENS - ALONE, dtype=x.dtype)[:, None] / torch.tensor([1.0, 9.0], dtype=x.dtype)
+        cos, sin = (torch.cat((part, part), dim=-1) for part in (angles.cos(), angles.sin()))
+        rest = x[:, :, ALONE:]
+        turned = rest * cos + torch.cat((-rest[..., 2:], rest[..., :2]), dim=-1) * sin
+        return torch.cat((x[:, :, :ALONE], turned), dim=-2).repeat_interleave(1, dim=1)
+
+
+def test_keys_are_compared_before_a_rotation_of_all_but_the_first_tokens() -> None:
+    """Where a token stands is no content, also where a part of the keys is rotated."""
+    block, x = Rotated(turned=True).double(), numbers(2, TOKENS, WIDTH)
+    program = recognised(nn.Sequential(block, Rotated(turned=True).double()), (x,))
+    assert ReduceTokens((3, 0), "tome").run(program, Session(verify="off")) == 1
+    (plan,) = (node for node in program.graph.nodes if node.target is ops.plan_merge)
+    with torch.no_grad():
+        key = block.projections(x).reshape(2, TOKENS, 3, HEADS, 4)[:, :, 1].mean(2)
+    assert relative(values(program)[plan.args[0]], key) <= 1e-12
 
 
 def test_queries_that_are_weights_stay() -> None:
