@@ -58,11 +58,14 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
     if (
         value.dtype == reference.dtype
         and value.data_ptr() == reference.data_ptr()
-        and (value.stride() == reference.stride())
+        and (value.stride(), value.is_conj(), value.is_neg())
+        == (reference.stride(), reference.is_conj(), reference.is_neg())
     ):
         return 0.0
     if torch.equal(value, reference):
         return 0.0
+    if value.is_complex() and reference.is_complex():
+        return relative_l2(*(torch.view_as_real(part.resolve_conj()) for part in (value, reference)))
     if not (value.is_floating_point() and reference.is_floating_point()):
         return 0.0 if torch.equal(value.to(torch.float64), reference.to(torch.float64)) else float("inf")
     squares = norm = 0.0

@@ -13,7 +13,9 @@ from regraft.ir.program import Program
 
 #: Largest relative L2 error of outputs, by the coarsest element type that a model computes in.
 BY_TYPE: dict[torch.dtype, float] = {
+    torch.complex128: 1e-10,
     torch.float64: 1e-10,
+    torch.complex64: 1e-4,
     torch.float32: 1e-4,
     torch.float16: 2e-2,
     torch.bfloat16: 5e-2,

@@ -55,6 +55,12 @@ def test_relative_l2(value: Any, reference: Any, expected: float) -> None:
     assert relative_l2(torch.tensor(value), torch.tensor(reference)) == pytest.approx(expected)
 
 
+def test_both_parts_of_complex_numbers_count() -> None:
+    reference = torch.tensor([3 + 4j, 0j])
+    assert relative_l2(torch.tensor([3 + 4.5j, 0j]), reference) == pytest.approx(0.1)
+    assert relative_l2(reference.conj(), reference) == pytest.approx(1.6)
+
+
 def test_integers_agree_or_do_not() -> None:
     assert relative_l2(torch.tensor([1, 2]), torch.tensor([1, 2])) == 0.0
     assert relative_l2(torch.tensor([1, 2]), torch.tensor([1, 3])) == INF

@@ -70,3 +70,23 @@ def test_a_model_in_bf16_that_returns_fp32_is_compiled() -> None:
     with torch.no_grad():
         exact, own, given = wanted(x.double()), model(x).double(), compiled(x).double()
     assert (given - exact).norm() <= 2 * (own - exact).norm()
+
+
+class Spectrum(nn.Module):
+    """A layer whose result is returned as its Fourier transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft(self.layer(x))
+
+
+def test_a_model_with_complex_outputs_is_compiled() -> None:
+    torch.manual_seed(0)
+    model, x = Spectrum().eval(), torch.randn(4, 16)
+    compiled = regraft.compile(model, (x,))
+    assert compiled.entries and not compiled.report.events
+    assert compiled.report.tolerance == BY_TYPE[torch.float32]
+    torch.testing.assert_close(compiled(x), model(x))
