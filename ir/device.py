@@ -156,7 +156,7 @@ def _matmul_rate(dtype: torch.dtype, size: int) -> float:
 
 
 def _copy_rate() -> float:
-    source = torch.ones(_COPY_ELEMENTS)
+    source = torch.ones(_COPY_ELEMENTS, dtype=torch.float32)
     target = torch.empty_like(source)
     return 2.0 * source.nbytes / _shortest(lambda: target.copy_(source))
 

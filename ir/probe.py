@@ -34,7 +34,7 @@ class Pool:
 
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._values = torch.randn(1 << 16, generator=self._generator)
+        self._values = torch.randn(1 << 16, generator=self._generator, dtype=torch.float32)
 
     def take(self, size: list[int], dtype: torch.dtype, offset: int) -> Tensor:
         """A tensor of ``size``; equal arguments give equal values."""
@@ -43,7 +43,8 @@ class Pool:
             count *= extent
         shift = 16 * ((offset * 7919) % 4096)  # aligned as an allocation is: `view_as_complex` asks for that
         if self._values.numel() < count + shift:
-            more = torch.randn(count + shift - self._values.numel(), generator=self._generator)
+            missing = count + shift - self._values.numel()
+            more = torch.randn(missing, generator=self._generator, dtype=torch.float32)
             self._values = torch.cat([self._values, more])
         return self._values[shift : shift + count].view(size).to(dtype)
 

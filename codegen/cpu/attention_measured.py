@@ -147,7 +147,7 @@ def sample(context: Context, given: dict[str, Any], form: AttentionShape, other:
 
 
 def _projected(form: AttentionShape, length: int, heads: int, size: int) -> Tensor:
-    return torch.randn(form.batch, length, heads, size).to(form.dtype).transpose(1, 2)
+    return torch.randn(form.batch, length, heads, size, dtype=torch.float32).to(form.dtype).transpose(1, 2)
 
 
 def _cached(whole: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ def _sample_masks(context: Context, given: dict[str, Any], form: AttentionShape,
     known = without_keys(predicate) or predicate
     dense: Tensor | None = None
     if form.has_bias or tensors_of(known):
-        known, dense = Everything(), torch.zeros(1, 1, form.length, form.keys)
+        known, dense = Everything(), torch.zeros(1, 1, form.length, form.keys, dtype=torch.float32)
     causal = is_flag(known, form.length, form.keys) == "causal"
     mask, table = None if dense is None else dense.to(form.dtype), None
     if not isinstance(known, Everything):

@@ -123,7 +123,9 @@ def _known_table(context: Context, given: dict[str, Any], seen: Predicate, known
 
 def _constants(context: Context, nodes: list[fx.Node]) -> list[Tensor]:
     """What a mask reads, as far as it is constant; something in place of what is not."""
-    return [context.weight(node) if _is_constant(context, node) else torch.zeros(1) for node in nodes]
+    return [
+        context.weight(node) if _is_constant(context, node) else torch.zeros(1, dtype=torch.float32) for node in nodes
+    ]
 
 
 def _is_large(bias: fx.Node | None) -> bool:
@@ -211,7 +213,9 @@ def score_mask(text: str, tensors: list[Tensor], bias: Tensor, query: Tensor, ke
 def padding_mask(text: str, tensors: list[Tensor], keys: int) -> Tensor | None:
     """``[batch or 1, 1, 1, keys]``: minus infinity at padded keys; None in a batch without any."""
     seen = to_broadcast(parsed(text), tensors, 1, 1, keys)
-    return None if bool(seen.all()) else torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+    if bool(seen.all()):
+        return None
+    return torch.zeros(seen.shape, dtype=torch.float32).masked_fill_(~seen, -math.inf)
 
 
 def _span_node(

@@ -36,7 +36,7 @@ def lower_pool(context: Context, node: fx.Node) -> Lowered | None:
         return None
     if math.prod(concrete(size) for size in shape(x)) < _WORTH_IT or (cell[0] > _FEW_ROWS and width < _WIDE):
         return None
-    weight = torch.full((cell[1],), 1 / math.prod(cell))
+    weight = torch.full((cell[1],), 1 / math.prod(cell), dtype=torch.float32)
     return Lowered(full=context.call(mean_of_cells, context.value(x), context.bind(weight, node.name), cell[0]))
 
 

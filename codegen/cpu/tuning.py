@@ -159,7 +159,8 @@ class Tuner:
             runs = {name: run for name, run in candidates.items() if run is not None}
             small = replace(shape, in_features=_SMALL, out_features=_SMALL)
             others = _activations(small)
-            rehearsals = {name: _compiled(name, small, torch.randn(_SMALL, _SMALL), others) for name in runs}
+            square = torch.randn(_SMALL, _SMALL, dtype=torch.float32)
+            rehearsals = {name: _compiled(name, small, square, others) for name in runs}
             seconds = _interleaved(dict(runs), lambda: self._as_in_a_model(given), _neighbour(shape), rehearsals)
             for run in runs.values():
                 run.release()
@@ -238,10 +239,11 @@ def _compiled(name: str, shape: LinearShape, weight: Tensor, given: Mapping[str,
 def _neighbour(shape: LinearShape) -> Callable[[], Any] | None:
     """A packed product with a small weight of its own, of the library that runs what lies between linear layers: ours,
     else oneDNN; None where there is neither."""
-    x = torch.randn(min(shape.rows or _NEIGHBOUR_ROWS, _NEIGHBOUR_ROWS), _NEIGHBOUR)
+    rows = min(shape.rows or _NEIGHBOUR_ROWS, _NEIGHBOUR_ROWS)
+    x, weight = (torch.randn(size, _NEIGHBOUR, dtype=torch.float32) for size in (rows, _NEIGHBOUR))
     beside = replace(shape, in_features=_NEIGHBOUR, out_features=_NEIGHBOUR, **_NO_EPILOGUE)
     name = next((name for name in ("native", "onednn") if name in applicable(beside)), None)
-    return None if name is None else _compiled(name, beside, torch.randn(_NEIGHBOUR, _NEIGHBOUR), {"x": x})
+    return None if name is None else _compiled(name, beside, weight, {"x": x})
 
 
 def _interleaved(

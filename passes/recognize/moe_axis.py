@@ -315,7 +315,9 @@ def _scaled_inputs(
         index, weight, top_k, whole = routing
         biased = any(part is not None and part.bias is not None for part in projections)
         bare = gate.layout == "single" or gate.up_offset != 0
-        opens = bare and gate.activation != "swish" and bool(activate(torch.zeros(1), gate.activation))
+        opens = (
+            bare and gate.activation != "swish" and bool(activate(torch.zeros(1, dtype=torch.float32), gate.activation))
+        )
         if top_k != 1 or biased or opens:
             raise _FoundExperts("the inputs of several experts, or of experts with biases, are scaled", weight)
         cast = dtype(first.projection.rows)

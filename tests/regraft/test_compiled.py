@@ -431,3 +431,15 @@ def test_a_model_in_training_mode_and_other_things_are_refused() -> None:
         regraft.compile(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(CaptureError, match="meta device"):
         regraft.compile(nn.Linear(2, 2, device="meta").eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_is_compiled_under_any_default_element_type(dtype: torch.dtype) -> None:
+    model, x = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=True).eval(), torch.randn(2, 9, 32)
+    torch.set_default_dtype(dtype)
+    try:
+        fast = regraft.compile(model, (x,))
+        assert_same(fast, model, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not events(fast) and fast.report.recognized["attention"] == 1

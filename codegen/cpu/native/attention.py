@@ -147,7 +147,7 @@ def declare(library: ctypes.CDLL) -> None:
 def check(library: ctypes.CDLL) -> str:
     """Empty where the library computes a causal site of grouped queries as PyTorch does, else what is wrong."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, heads, 70, 20, generator=generator) for heads in (4, 2, 2))
+    query, key, value = (torch.randn(2, heads, 70, 20, generator=generator, dtype=torch.float32) for heads in (4, 2, 2))
     causal = torch.stack((torch.zeros(1, 70, dtype=torch.int64), torch.arange(1, 71)[None]))[:, :, None, :, None]
     given = attend(library, query, key, value, None, None, None, 0.3, 0.0, causal, None, "nan").run(library)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from regraft.codegen.cpu.native import attention
 from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.native_operators import attend_native
 from regraft.ir.verify import relative_l2
@@ -248,3 +249,12 @@ def test_any_strides(layout: str) -> None:
         query, key, value = (draw(8, 10, 4, 2, seed=seed).permute(3, 2, 1, 0) for seed in range(3))
     everything = torch.ones(1, 1, 10, 10, dtype=torch.bool)
     assert relative_l2(run(query, key, value, None).double(), formula(query, key, value, everything)) <= 1e-6
+
+
+def test_the_sample_is_of_fp32_whatever_the_default_is() -> None:
+    """A checkpoint in bf16 is loaded under that default, in another thread than the one that opens the library."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert not attention.check(NATIVE.library())
+    finally:
+        torch.set_default_dtype(torch.float32)
