@@ -209,6 +209,12 @@ def _check_model(model: Any) -> None:
     """Raises ``CaptureError`` for what cannot be compiled."""
     if isinstance(model, CompiledModule):
         raise CaptureError("the model is compiled already; compile the original, it is in its attribute `original`")
+    inner = () if not isinstance(model, nn.Module) else model.named_modules()
+    name = next((name for name, module in inner if isinstance(module, CompiledModule)), None)
+    if name is not None:
+        raise CaptureError(
+            f"a part of the model, {name}, is compiled already; give a model that holds what its `original` is instead"
+        )
     if not isinstance(model, (nn.Module, ExportedProgram)):
         raise CaptureError(
             f"a {type(model).__name__} was given as the model; give an nn.Module, an ExportedProgram or a GraphModule"

@@ -33,6 +33,7 @@ from regraft.options import Options
 from regraft.parking import Parking, empty
 from regraft.reference import Reference
 from regraft.stand_in import StandIn
+from regraft.tracing import observer
 from regraft.watch import WeightWatch
 
 if TYPE_CHECKING:
@@ -64,10 +65,11 @@ class CompiledModule(StandIn):
 
     A call whose structure, shapes, element types, devices and scalars were seen before runs compiled code. Another
     one is captured, up to ``maximum_entries``; beyond that the original runs, until a shape has come back often
-    enough to take the place of the least recently used. The original also runs in training mode, under autocast,
-    when an input wants a gradient, where what the model asserts of its values does not hold, and for what cannot be
-    captured. Each of these is logged once (logger "regraft") and is an event in ``report``. Weights that changed since
-    compilation lead to a new compilation.
+    enough to take the place of the least recently used. The original also runs in training mode, under autocast, under
+    another default element type, while its operators are recorded or transformed (torch.jit, torch.func), when an input
+    wants a gradient, where what the model asserts of its values does not hold, and for what cannot be captured. Each of
+    these is logged once (logger "regraft") and is an event in ``report``. Weights that changed since compilation lead
+    to a new compilation.
     Without the original (loaded, or freed) such calls raise ``InputError``.
     """
 
@@ -89,6 +91,7 @@ class CompiledModule(StandIn):
         self._parking: Parking | None = None
         self._told: set[str] = set()
         self._met = False  # whether the ranks have compiled together
+        self._default_dtype = torch.get_default_dtype()  # what the model makes of numbers alone has this type
         self._restless = 0  # compilations in a row that were of use for a few calls only
         self._forget()
         self.__dict__["_closed"] = True
@@ -214,9 +217,16 @@ class CompiledModule(StandIn):
         if torch.is_autocast_enabled(self._device):
             return "autocast is active, and code is compiled for the model's own element types"
         original = self.__dict__["_original"]
-        if original is not None and original.training and self._recapture:
-            return "the model is in training mode; call eval() on it"
-        return ""
+        if original is not None and self._recapture:
+            if original.training:
+                return "the model is in training mode; call eval() on it"
+            if self._entries and torch.get_default_dtype() is not self._default_dtype:
+                return (
+                    f"the default element type is {torch.get_default_dtype()}, and code was compiled under "
+                    f"{self._default_dtype}"
+                )
+        watched = observer(modes=original is not None and not self._freed)
+        return f"{watched}, and sees no operators in compiled code" if watched else ""
 
     def _find(
         self, key: Hashable, structure: Hashable, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -267,7 +277,12 @@ class CompiledModule(StandIn):
     ) -> Entry | Answer | str:
         model = self.original
         assert self._source is not None and model is not None
-        with CAPTURE, no_cycle_search(), gate_of(model).capturing() as alone:
+        with (
+            CAPTURE,
+            no_cycle_search(),
+            torch.autocast(self._device, enabled=False),  # code is compiled for the model's own element types
+            gate_of(model).capturing() as alone,
+        ):
             if not alone:
                 return "another thread runs the original, which must rest while it is captured"
             experts = self._options.experts
@@ -320,6 +335,7 @@ class CompiledModule(StandIn):
             self._event("placement", reason)
         if not made.accepted:
             return self._refuse(key, made.why_refused)
+        self._default_dtype = torch.get_default_dtype()
         self.install(made.entry)
         if made.beside is not None:
             self.install(made.beside)
@@ -394,6 +410,10 @@ class CompiledModule(StandIn):
     def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._options.sharded:
             raise InputError(f"{reason}, and with its experts sharded this rank cannot run the model by itself")
+        if torch.compiler.is_exporting():  # its weights are not this module's own: they would end as constants
+            raise InputError(
+                "torch.export traces a compiled model; export the original, it is in its attribute `original`"
+            )
         model = self.original
         if model is None or self._freed or (not self._recapture and reason.startswith("no code")):
             why = "its weights were freed" if self._freed else "there is no original to run instead"

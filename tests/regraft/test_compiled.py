@@ -433,6 +433,29 @@ def test_a_model_in_training_mode_and_other_things_are_refused() -> None:
         regraft.compile(nn.Linear(2, 2, device="meta").eval())
 
 
+def test_a_model_is_compiled_for_its_own_types_whatever_is_cast_around_it() -> None:
+    model, x = linear(), torch.randn(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = regraft.compile(model, (x,))
+    assert_same(fast, model, x)
+    assert not events(fast)
+
+
+def test_another_default_element_type_than_at_the_compilation_runs_the_original() -> None:
+    class Ramp(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linspace(0, 1, 4) + x
+
+    model, x = Ramp().eval(), torch.randn(2, 4)
+    fast = regraft.compile(model, (x,))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert fast(x).dtype == model(x).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert events(fast) == ["fallback"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_is_compiled_under_any_default_element_type(dtype: torch.dtype) -> None:
     model, x = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=True).eval(), torch.randn(2, 9, 32)
