@@ -188,7 +188,7 @@ def _export_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> tuple[ExportedProgram, Notes]:
     def export() -> ExportedProgram:
-        with torch.no_grad(), masks_as_given():
+        with torch.no_grad(), _mode_of(model), masks_as_given():
             return torch.export.export(model, *_apart(args, kwargs), dynamic_shapes=shapes, strict=False)
 
     for hint in (contextlib.nullcontext, as_if_not_compiled):
@@ -206,6 +206,12 @@ def _export_once(
     state = ModelState(model)
     _own_failure(model, args, kwargs)
     return exported, Notes(layout_read=True, changed=state.changes())  # nobody looked: take it to
+
+
+def _mode_of(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Inference mode for a model that was made in it: torch.export sets flags of weights that are refused outside."""
+    held = (*model.parameters(), *model.buffers())
+    return torch.inference_mode() if any(map(torch.is_inference, held)) else contextlib.nullcontext()
 
 
 def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -456,6 +456,12 @@ def test_another_default_element_type_than_at_the_compilation_runs_the_original(
     assert events(fast) == ["fallback"]
 
 
+def test_a_model_made_in_inference_mode_is_compiled() -> None:
+    with torch.inference_mode():
+        model = linear()
+    assert_same(regraft.compile(model, (torch.randn(2, 4),)), model, torch.randn(2, 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_is_compiled_under_any_default_element_type(dtype: torch.dtype) -> None:
     model, x = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=True).eval(), torch.randn(2, 9, 32)
