@@ -13,7 +13,7 @@ from regraft.ir.pattern import add, anything, either, maybe, mean, mul, operator
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.recognize import layer_norm_examples as shown
 from regraft.passes.recognize.reading import is_last_dim, is_vector, widening_source
-from regraft.passes.recognize.rms_norm import over_root
+from regraft.passes.recognize.rms_norm import over_root, weighted_root
 
 aten = torch.ops.aten
 var_correction = operator(aten.var.correction)
@@ -43,8 +43,12 @@ class RecognizeLayerNorm(Rule):
             clamp(moments, 0),
             var_unbiased(measured, anything("variance_axes"), anything("unbiased"), True),
         )
-        normed = over_root(centered, add(variance, scalar("eps"))).named("normed")
-        weighted = maybe(lambda y: mul(y, weight), normed, "weighted").named("before_bias")
+        above = add(variance, scalar("eps"))
+        weighted = either(
+            over_root(mul(centered, weight).named("normed"), above),
+            weighted_root(centered, weight, above),
+            maybe(lambda y: mul(y, weight), over_root(centered, above).named("normed"), "weighted"),
+        ).named("before_bias")
         shifted = maybe(lambda y: add(y, bias), weighted, "shifted")
         return maybe(lambda y: to_dtype(y, anything()), shifted, "cast")
 

@@ -58,6 +58,21 @@ def by_einsum(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return centered * torch.rsqrt(square + 1e-5)[..., None] * weight + bias
 
 
+def weight_first(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As it is read from left to right in the paper's formula."""
+    return weight * (x - x.mean(-1, True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5) + bias
+
+
+def root(x: Tensor) -> Tensor:
+    """``1 / sqrt(var + eps)``."""
+    return torch.rsqrt(x.var(-1, keepdim=True, correction=0) + 1e-5)
+
+
+def flax(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The weight scales the inverse root."""
+    return (x - x.mean(-1, True)) * (root(x) * weight) + bias
+
+
 EXAMPLES = (
     example("weight and bias", lambda x, w, b: normalized(x) * w + b),
     example("bias first", lambda x, w, b: b + w * normalized(x)),
@@ -67,6 +82,16 @@ EXAMPLES = (
     example(
         "correction zero",
         lambda x, w, b: (x - x.mean(-1, True)) * (x.var(-1, correction=0, keepdim=True) + 1e-5) ** -0.5,
+    ),
+    example("weight first", weight_first),
+    example("weight first, without a bias", lambda x, w, b: w * (x - x.mean(-1, True)) * root(x)),
+    example(
+        "weight first, mean square",
+        lambda x, w, b: (d := x - x.mean(-1, True)) * w / (d.pow(2).mean(-1, True) + 1e-5).sqrt() + b,
+    ),
+    example("weight on the root", flax),
+    example(
+        "weight over the root", lambda x, w, b: (x - x.mean(-1, True)) * (w / (x.var(-1, False, True) + 1e-5).sqrt())
     ),
     example("by moments", by_moments),
     example("by moments, far from zero", lambda x, w, b: by_moments(x + 30, w, b)),
@@ -83,6 +108,16 @@ NEAR_MISSES = (
         lambda x, w, b: normalized(x, -1, 1),
         reason="the variance is not over the last",
     ),
+    example(
+        "unbiased variance, weight first",
+        lambda x, w, b: w * (x - x.mean(-1, True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt(),
+        reason="it divides by n - 1",
+    ),
     example("unbiased variance", lambda x, w, b: from_variance(x, x, True) * w, reason="it divides by n - 1"),
+    example(
+        "unbiased spread, eps outside",
+        lambda x, w, b: w * (x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + 1e-6),
+        reason="expected aten.sqrt.default",
+    ),
     example("another population", lambda x, w, b: from_variance(x, x * w, False), reason="of another tensor"),
 )

@@ -41,6 +41,13 @@ def over_root(x: Any, variance: Any) -> Any:
     )
 
 
+def weighted_root(x: Any, weight: Any, variance: Any) -> Any:
+    """``x * (weight / sqrt(variance))`` in its spellings; what ``x`` is multiplied with is named ``normed``."""
+    inverse = either(rsqrt(variance), reciprocal(sqrt(variance)), power(variance, -0.5))
+    weighted = either(mul(inverse, weight), div(weight, sqrt(variance)), div(weight, power(variance, 0.5)))
+    return mul(x, weighted.named("normed"))
+
+
 class RecognizeRmsNorm(Rule):
     """``x / sqrt(mean(x**2) + eps) * weight``, with the casts where the source has them.
 
@@ -59,6 +66,7 @@ class RecognizeRmsNorm(Rule):
         weighted = mul(raised, scale).named("normed")
         return either(
             weighted_first=over_root(weighted, variance),
+            weighted_root=weighted_root(raised, scale, variance),
             rounded_first=mul(to_dtype(normed, anything()).named("rounded"), scale),
             rounded_last=maybe(lambda y: to_dtype(y, anything()), either(mul(normed, scale), normed), "cast"),
             tag="order",
@@ -73,7 +81,7 @@ class RecognizeRmsNorm(Rule):
         if "scale" in match:
             yield need(is_vector(match.weight, shape(x)[-1]), "the weight is not a vector", match.weight)
             yield need(match.sole_user("normed"), "the normalised value is used without the weight", match.normed)
-        if match.order == "weighted_first":
+        if match.order in ("weighted_first", "weighted_root"):
             same = dtype(match.root) == dtype(x) == torch.promote_types(dtype(x), torch.float32)
             yield need(same, "the weight is applied first, and rounded", match.normed)
         cast = match.get("rounded") or (match.root if match.get("cast") == "wrapped" else None)

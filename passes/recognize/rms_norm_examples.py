@@ -66,6 +66,8 @@ def unrounded_t5(x: Tensor, weight: Tensor) -> Tensor:
 EXAMPLES = (
     example("plain", lambda x, w: x * inverse_root(x) * w),
     example("weighted first", lambda x, w: w * x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6)),
+    example("weight on the root", lambda x, w: x * (inverse_root(x) * w)),
+    example("weight over the root", lambda x, w: x * (w / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6))),
     example("without weight", lambda x, w: x * inverse_root(x)),
     example("divided by the root", lambda x, w: w * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6))),
     example("one over the root", lambda x, w: x * (1 / torch.sqrt(x.square().mean(-1, True) + 1e-6)) * w),

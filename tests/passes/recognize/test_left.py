@@ -86,13 +86,7 @@ def _weighed(normed: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 NORMS = {
-    "unbiased spread, eps outside": (
-        Module(
-            lambda m, x: m.weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6),
-            weight=numbers(WIDTH, seed=2),
-        ),
-        "layer_norm",
-    ),
+    "spread of what is not centered": (_weighed(lambda x: x / (x.std(-1, keepdim=True) + 1e-6)), "layer_norm"),
     "eps added to the root": (_weighed(lambda x: x / (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5 + 1e-8)), "rms_norm"),
     "weight before the length": (
         Module(lambda m, x: m.weight * x * x.norm(dim=-1, keepdim=True).pow(-1), weight=numbers(WIDTH, seed=2)),
