@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from regraft.ir.matcher import Matcher, Partial
-from regraft.ir.nodes import Builder, user_line
+from regraft.ir.nodes import Builder, has_effects, user_line
 from regraft.ir.program import Program
 from regraft.ir.records import Application, Log, Refusal
 from regraft.ir.rule import Match, Rule
@@ -205,7 +205,7 @@ class Driver:
             node = pending.pop()
             if node in self._erased or node.users or node.op != "call_function":
                 continue
-            if node not in replaced and node.is_impure():
+            if node not in replaced and has_effects(node):
                 continue
             inputs = node.all_input_nodes
             self.program.graph.erase_node(node)

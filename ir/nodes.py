@@ -71,8 +71,14 @@ def is_call(node: Any, targets: Iterable[Any]) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a call draws its result anew each time, by the operator's tags."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether a call draws its result anew each time, by the operator's tags: attention does where it drops out."""
+    tagged = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return tagged and arguments(node).get("dropout_p") != 0
+
+
+def has_effects(node: fx.Node) -> bool:
+    """Whether a node stays though nothing reads it."""
+    return node.is_impure(impure_random=False) or is_random(node)
 
 
 def is_view(node: fx.Node) -> bool:

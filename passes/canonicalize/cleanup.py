@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from regraft.ir.driver import Session
-from regraft.ir.nodes import is_random
+from regraft.ir.nodes import has_effects
 from regraft.ir.program import Program
 from regraft.passes.base import Pass
 
@@ -58,13 +58,13 @@ class DropDeadCode(Pass):
 
     def run(self, program: Program, session: Session) -> int:
         before = len(program.graph.nodes)
-        program.graph.eliminate_dead_code()
+        program.graph.eliminate_dead_code(has_effects)
         program.drop_unused_weights()
         return before - len(program.graph.nodes)
 
 
 def _key(node: fx.Node) -> Any:
-    if node.op != "call_function" or node.is_impure() or is_random(node):
+    if node.op != "call_function" or has_effects(node):
         return None
     try:
         key = (node.target, _frozen(node.args), _frozen(node.kwargs))

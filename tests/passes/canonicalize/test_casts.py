@@ -120,3 +120,10 @@ def test_canonical_form_is_canonical(dynamic: object) -> None:
     session = Session()
     canonicalize(program, session)
     assert form(program) == before and session.applied == 0
+
+
+def test_attention_without_dropout_draws_nothing_and_goes_where_nothing_reads_it() -> None:
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    heads = numbers(2, 3, 5, 8)
+    assert canonical(lambda x: (sdpa(x, x, x), x * 2)[1], heads) == "mul.Tensor(x0, 2)"
+    assert canonical(lambda x: sdpa(x, x, x) + sdpa(x, x, x), heads).count("scaled_dot_product_attention") == 1
