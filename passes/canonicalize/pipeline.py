@@ -16,6 +16,7 @@ from regraft.passes.canonicalize import (
     casts,
     cosine,
     einsum,
+    fused,
     products,
     prototypes,
     reductions,
@@ -56,6 +57,7 @@ class Simplify(RulePass):
         *repeat.SPELLINGS,
         *softmaxes.SPELLINGS,
         *written.SPELLINGS,
+        *fused.SPELLINGS,
     )
 
 

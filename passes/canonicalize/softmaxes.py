@@ -4,6 +4,7 @@ whose weights are not read: behind the others is where it stands in canonical fo
 
 from __future__ import annotations
 
+import math
 import operator as python_operator
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,7 @@ from regraft.ir.pattern import (
     to_dtype,
     unsqueeze,
     variable,
+    where,
 )
 from regraft.ir.rule import Match, Replacement, Requirement, Rule, need
 from regraft.passes.canonicalize.identity import identity
@@ -43,6 +45,12 @@ row_maximum = operator(aten.max.dim)
 first_of = operator(python_operator.getitem)
 pad = operator(aten.pad.default)
 logsumexp = operator(aten.logsumexp.default)
+equal = operator(aten.eq.Scalar)
+negated = operator(aten.logical_not.default, aten.bitwise_not.default)
+any_of = operator(aten.any.dim)
+all_of = operator(aten.all.dim)
+where_self = operator(aten.where.ScalarSelf)
+_ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 
 
 class SoftmaxWrittenOut(Rule):
@@ -88,6 +96,35 @@ class SoftmaxDividedLast(Rule):
     def replace(self, match: Match, build: Builder) -> Replacement:
         weights = build.call(aten.softmax.int, match.x, -1)
         return build.call(aten.matmul.default, weights, match.value)
+
+
+class SafeSoftmax(Rule):
+    """softmax(x), and zero where every x of a row is minus infinity, is what PyTorch calls a safe softmax: as core ATen
+    has the weights of scaled_dot_product_attention."""
+
+    exactness = Exactness.BITWISE
+    quiet = True
+
+    def pattern(self, x: Any, zero: Any) -> Any:
+        hidden = equal(x, -math.inf)
+        empty = either(
+            negated(any_of(negated(hidden), scalar("axis"), True)),
+            all_of(hidden, scalar("axis"), True),
+        )
+        weights = softmax(x, scalar("axis"), anything("softmax_dtype"))
+        return either(where(empty, variable("zero"), weights), where_self(empty, 0, weights))
+
+    def check(self, match: Match) -> Iterator[Requirement]:
+        yield need("zero" not in match or _is_zero(match.zero), "rows of minus infinity alone are not zero")
+        yield need(dtype(match.root) == dtype(match.x), "the weights are of another type")
+
+    def replace(self, match: Match, build: Builder) -> Replacement:
+        return build.call(aten._safe_softmax.default, match.x, match.axis)
+
+
+def _is_zero(node: fx.Node) -> bool:
+    filled = is_call(node, (aten.full_like.default, aten.full.default, aten.new_full.default))
+    return arguments(node)["fill_value"] == 0 if filled else is_call(node, _ZEROS)
 
 
 @identity(aten.exp.default, exactness=Exactness.REASSOCIATED)
@@ -245,6 +282,7 @@ class ColumnBehind(Rule):
 
 SPELLINGS = (
     SoftmaxWrittenOut(),
+    SafeSoftmax(),
     SoftmaxDividedLast(),
     exp_of_log_softmax,
     permuted_softmax,

@@ -25,7 +25,6 @@ from regraft.ir.pattern import (
     reshape,
     scalar,
     slice_,
-    softmax,
     sub,
     tanh,
     to_dtype,
@@ -41,6 +40,9 @@ from regraft.passes.recognize.scores import Refused, Scores, read_scores
 from regraft.passes.recognize.zeroing import ZEROING, hide_again, zero_rows, zeroes_rows
 
 aten = torch.ops.aten
+#: A safe one gives zero where every score of a row is minus infinity.
+SOFTMAXES = (aten.softmax.int, aten._safe_softmax.default)
+softmax = Operator(SOFTMAXES)
 where_other = Operator((aten.where.ScalarOther,))
 where_self = Operator((aten.where.ScalarSelf,))
 row_maximum = Operator((aten.max.dim,))
@@ -120,7 +122,8 @@ class RecognizeAttention(Rule):
 
     def replace(self, match: Match, build: Builder) -> Replacement:
         heads, scores, masks = match.facts["site"]
-        empty_rows = "zero" if zeroing_steps(match) else "nan"
+        zeroed = is_call(match.weights, (aten._safe_softmax.default,)) or zeroing_steps(match)
+        empty_rows = "zero" if zeroed else "nan"
         result = build_attention(build, match.root, heads, scores, masks, empty_rows=empty_rows)
         return zero_rows(build, result, match.value, row_zeroing_steps(match))
 
@@ -188,7 +191,7 @@ def _is_for_softmaxes(node: fx.Node) -> bool:
     pending, seen = [node], {node}
     while pending:
         node = pending.pop()
-        if is_call(node, (aten.softmax.int,)):
+        if is_call(node, SOFTMAXES):
             continue
         if not (node.users and (is_pointwise(node) or is_view(node))):
             return False

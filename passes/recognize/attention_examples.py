@@ -73,6 +73,12 @@ def _without_nan(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query @ key.mT).masked_fill(hidden, -math.inf).softmax(-1).nan_to_num() @ value
 
 
+def _safe(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    hidden = torch.arange(5) > torch.arange(5)[:, None] - 2
+    scores = (query @ key.mT * _SCALE).masked_fill(hidden, -math.inf)
+    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1)) @ value
+
+
 def _rows_zeroed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     hidden = torch.arange(5) > torch.arange(5)[:, None] - 2
     scores = (query @ key.mT * _SCALE).masked_fill(hidden, torch.finfo(query.dtype).min)
@@ -109,6 +115,7 @@ ATTENTION = (
     Example("the same scores under two masks", _heads(_two_masks)),
     Example("weights of hidden keys are zeroed, rows without a key too", _heads(_zeroed_again)),
     Example("NaN of rows without a key is zero", _heads(_without_nan)),
+    Example("a safe softmax: rows of minus infinity alone are zero", _heads(_safe)),
     Example("rows without a key are zeroed by a condition on rows", _heads(_rows_zeroed)),
 )
 ATTENTION_NEAR_MISSES = (

@@ -31,7 +31,7 @@ from regraft.ir.program import Program
 from regraft.ir.records import Refusal
 from regraft.ir.rule import Rule
 from regraft.passes.base import Pass
-from regraft.passes.recognize.attention import RecognizeAttention
+from regraft.passes.recognize.attention import SOFTMAXES, RecognizeAttention
 from regraft.passes.recognize.attention_mapped import RecognizeMappedAttention
 from regraft.passes.recognize.layer_norm import RecognizeLayerNorm
 from regraft.passes.recognize.rms_norm import RecognizeRmsNorm
@@ -90,7 +90,7 @@ class ReportLeftSites(Pass):
 def _attentions(program: Program) -> Iterator[_Site]:
     """A softmax over the scores of two activations that weighs values."""
     for node in program.graph.nodes:
-        if not is_call(node, (aten.softmax.int,)) or node.args[1] not in (-1, rank(node) - 1):
+        if not is_call(node, SOFTMAXES) or node.args[1] not in (-1, rank(node) - 1):
             continue
         before = _walk(node, _sources, lambda n: is_call(n, (aten.matmul.default,)) and _of_activations(n, program))
         after = _walk(node, _readers, _weighs)
@@ -141,7 +141,7 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     """What scores are made of: the operands of a map, the first one of what moves or mixes them."""
     if is_pointwise(node):
         return node.all_input_nodes
-    moved = is_view(node) or node.target in _MOVES or _mixes(node) or is_call(node, (aten.softmax.int,))
+    moved = is_view(node) or node.target in _MOVES or _mixes(node) or is_call(node, SOFTMAXES)
     return node.all_input_nodes[:1] if moved else []
 
 

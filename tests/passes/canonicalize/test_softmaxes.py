@@ -149,3 +149,18 @@ def test_dropout_does_not_part_a_softmax_from_its_product(between: Callable[[Ten
 
     text = canonical(turned, X, VALUES, tolerance=1e-6)
     assert text == "softmax.int(x0, -1); matmul(0, x1); permute(1, [0, 2, 1])"
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        lambda x: (x == -torch.inf).all(-1, keepdim=True),
+        lambda x: ~(~(x == -torch.inf)).any(-1, keepdim=True),
+    ],
+)
+def test_rows_without_a_finite_number_that_are_zero_make_a_safe_softmax(empty: Callable[[Tensor], Tensor]) -> None:
+    x = X.masked_fill(X > 0.5, -torch.inf)
+    x[0, 1] = -torch.inf
+    found = canonical(lambda x: torch.where(empty(x), torch.zeros_like(x), x.softmax(-1)), x)
+    assert found == "_safe_softmax(x0, -1)"
+    assert "_safe" not in canonical(lambda x: torch.where(empty(x), torch.ones_like(x), x.softmax(-1)), x)
