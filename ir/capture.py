@@ -74,6 +74,8 @@ def capture(
         raise CaptureError(
             f"a {type(model).__name__} was given as the model; give an nn.Module, an ExportedProgram or a GraphModule"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a ScriptModule was given, which is no Python any more; give the nn.Module it was made of")
     _refuse_layouts(args, kwargs)
     inputs = _bound(model, args, kwargs)
     if isinstance(model, fx.GraphModule):

@@ -307,3 +307,9 @@ def test_a_negated_view_is_written_out_for_those_who_read_its_memory() -> None:
     (product,) = (node for node in program.graph.nodes if node.target is torch.ops.aten.matmul.default)
     assert not any(operand.meta["val"].is_neg() for operand in product.all_input_nodes)
     torch.testing.assert_close(outputs(program), model(x))
+
+
+def test_a_script_module_is_refused_with_what_to_give_instead() -> None:
+    script = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    with pytest.raises(CaptureError, match=r"a ScriptModule was given.*give the nn\.Module"):
+        capture(script, (torch.ones(1, 2),))
