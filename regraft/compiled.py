@@ -57,6 +57,11 @@ class Answer:
     output: Any
 
 
+def calls_modules(model: torch.fx.GraphModule) -> bool:
+    """Whether a graph calls modules; one that calls none computes in training mode, too, what it was traced with."""
+    return any(node.op == "call_module" for node in model.graph.nodes)
+
+
 class CompiledModule(StandIn):
     """A model compiled for inference; call it as you would call the model.
 
@@ -80,6 +85,7 @@ class CompiledModule(StandIn):
         self.__dict__["_source"] = model  # not registered: neither is a part of this module
         self.__dict__["_original"] = model.module() if isinstance(model, ExportedProgram) else model
         self._recapture = model is not None and not exported
+        self._has_modes = not isinstance(model, torch.fx.GraphModule) or calls_modules(model)
         self._freed = False
         self._options = options
         self._report = report
@@ -218,7 +224,7 @@ class CompiledModule(StandIn):
             return "autocast is active, and code is compiled for the model's own element types"
         original = self.__dict__["_original"]
         if original is not None and self._recapture:
-            if original.training:
+            if original.training and self._has_modes:
                 return "the model is in training mode; call eval() on it"
             if self._entries and torch.get_default_dtype() is not self._default_dtype:
                 return (

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import regraft
 from regraft.build import Toolchain
@@ -472,3 +473,13 @@ def test_a_model_is_compiled_under_any_default_element_type(dtype: torch.dtype) 
     finally:
         torch.set_default_dtype(torch.float32)
     assert not events(fast) and fast.report.recognized["attention"] == 1
+
+
+def test_a_traced_graph_without_modules_has_no_training_mode() -> None:
+    model, x = linear(), torch.randn(2, 4)
+    with torch.no_grad():
+        graph = make_fx(model)(x)
+    assert graph.training
+    fast = plain(graph, (x,))
+    assert_same(fast, model, x)
+    assert not events(fast)
