@@ -161,6 +161,14 @@ class Entry:
                 self._picked.append((position, None))
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The output of the call that led to a compilation: computed to be compared with the original's."""
+
+    entry: Entry
+    output: Any
+
+
 def copied_entry(entry: Entry, toolchain: Toolchain, target: str, memo: dict[int, Any]) -> Entry:
     """The same code over copies of its weights, lowered anew with the kernels that were chosen before."""
     program = entry.program.copy()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from regraft.build import Build, Entry, build, copied_entry, own_output
+from regraft.build import Answer, Build, Entry, build, copied_entry, own_output
 from regraft.cuda_graphs import graphed
 from regraft.errors import ArtifactError, CaptureError, InputError, RegraftError
 from regraft.gate import CAPTURE, gate_of
@@ -33,7 +33,7 @@ from regraft.options import Options
 from regraft.parking import Parking, empty
 from regraft.reference import Reference
 from regraft.stand_in import StandIn
-from regraft.tracing import observer
+from regraft.surroundings import has_modes, obstacle, refuse_export
 from regraft.watch import WeightWatch
 
 if TYPE_CHECKING:
@@ -47,19 +47,6 @@ _KEYS_REMEMBERED = 4096
 _EVENTS_REMEMBERED = 256
 _CALLS_OF_USE = 4  # code that serves fewer calls before the model changes was not worth compiling …
 _RESTLESS = 8  # … and this often in a row, the model is left alone until it rests
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The output of the call that led to a compilation: computed to be compared with the original's."""
-
-    entry: Entry
-    output: Any
-
-
-def calls_modules(model: torch.fx.GraphModule) -> bool:
-    """Whether a graph calls modules; one that calls none computes in training mode, too, what it was traced with."""
-    return any(node.op == "call_module" for node in model.graph.nodes)
 
 
 class CompiledModule(StandIn):
@@ -85,7 +72,7 @@ class CompiledModule(StandIn):
         self.__dict__["_source"] = model  # not registered: neither is a part of this module
         self.__dict__["_original"] = model.module() if isinstance(model, ExportedProgram) else model
         self._recapture = model is not None and not exported
-        self._has_modes = not isinstance(model, torch.fx.GraphModule) or calls_modules(model)
+        self._has_modes = has_modes(model)
         self._freed = False
         self._options = options
         self._report = report
@@ -220,19 +207,11 @@ class CompiledModule(StandIn):
 
     def _state_reason(self) -> str:
         """Why the original must run whatever the inputs are."""
-        if torch.is_autocast_enabled(self._device):
-            return "autocast is active, and code is compiled for the model's own element types"
         original = self.__dict__["_original"]
-        if original is not None and self._recapture:
-            if original.training and self._has_modes:
-                return "the model is in training mode; call eval() on it"
-            if self._entries and torch.get_default_dtype() is not self._default_dtype:
-                return (
-                    f"the default element type is {torch.get_default_dtype()}, and code was compiled under "
-                    f"{self._default_dtype}"
-                )
-        watched = observer(modes=original is not None and not self._freed)
-        return f"{watched}, and sees no operators in compiled code" if watched else ""
+        if original is not None and original.training and self._recapture and self._has_modes:
+            return "the model is in training mode; call eval() on it"
+        default = self._default_dtype if self._entries and self._recapture else None
+        return obstacle(self._device, default, modes=original is not None and not self._freed)
 
     def _find(
         self, key: Hashable, structure: Hashable, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -283,12 +262,8 @@ class CompiledModule(StandIn):
     ) -> Entry | Answer | str:
         model = self.original
         assert self._source is not None and model is not None
-        with (
-            CAPTURE,
-            no_cycle_search(),
-            torch.autocast(self._device, enabled=False),  # code is compiled for the model's own element types
-            gate_of(model).capturing() as alone,
-        ):
+        own_types = torch.autocast(self._device, enabled=False)  # what code is compiled for
+        with CAPTURE, no_cycle_search(), own_types, gate_of(model).capturing() as alone:
             if not alone:
                 return "another thread runs the original, which must rest while it is captured"
             experts = self._options.experts
@@ -416,10 +391,7 @@ class CompiledModule(StandIn):
     def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._options.sharded:
             raise InputError(f"{reason}, and with its experts sharded this rank cannot run the model by itself")
-        if torch.compiler.is_exporting():  # its weights are not this module's own: they would end as constants
-            raise InputError(
-                "torch.export traces a compiled model; export the original, it is in its attribute `original`"
-            )
+        refuse_export()
         model = self.original
         if model is None or self._freed or (not self._recapture and reason.startswith("no code")):
             why = "its weights were freed" if self._freed else "there is no original to run instead"
