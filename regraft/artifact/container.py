@@ -102,6 +102,8 @@ class Reader:
         self.path = path
         self.limits = limits
         try:
+            if path.is_dir():
+                raise ArtifactError("it is a folder; give the path of a saved artifact")
             if not path.is_file():
                 raise ArtifactError("there is no such file; give the path of a saved artifact")
             self._archive = zipfile.ZipFile(path)

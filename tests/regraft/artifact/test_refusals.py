@@ -57,6 +57,7 @@ def test_crafting_itself_is_harmless(artifact: Path) -> None:
 
 def test_absent_file(tmp_path: Path) -> None:
     refused(tmp_path / "none.regraft", "there is no such file")
+    refused(tmp_path, "it is a folder")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04pickle"])
