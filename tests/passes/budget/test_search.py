@@ -177,6 +177,13 @@ def test_what_saves_no_time_is_not_offered() -> None:
     assert "not offered" in search(model, Budget("kl", 1.0), candidates("a"), None).why
 
 
+def test_reductions_that_cost_much_are_offered_where_one_of_them_saves_time() -> None:
+    """Half of the tokens evenly takes longer than all of them; as many at once does not."""
+    found = search(Arithmetic(overhead=0.01), Budget("kl", 0.1), [], SITES)
+    assert found.chosen is not None
+    assert 0 < sum(number > 0 for number in schedule_of(found.chosen.composition[0]) or ()) < 4
+
+
 def test_without_candidates_there_is_nothing_to_spend_it_on() -> None:
     found = search(Arithmetic(), Budget("kl", 1.0), [], None)
     assert found.chosen is None and "no lossy rewrite applies" in found.why
