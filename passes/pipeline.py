@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from regraft.ir.driver import Session
+from regraft.ir.program import Program
 from regraft.ir.rule import Rule
 from regraft.passes.base import Pass, Pipeline, RulePass
 from regraft.passes.canonicalize.cleanup import DropDeadCode, MergeCommonSubexpressions
@@ -85,9 +87,17 @@ class RecognizeBlocks(RulePass):
 
 @dataclass(frozen=True)
 class DropUnread(RulePass):
-    """Rows and columns of linear layers that nobody reads."""
+    """Rows and columns that nobody reads."""
 
     rules: ClassVar[Sequence[Rule]] = (DropUnreadRows(), DropUnreadColumns())
+
+    def run(self, program: Program, session: Session) -> int:
+        """Until nothing changes: two cuts of one tensor, as a residual and its branch make, are read as one then."""
+        total = 0
+        while fired := super().run(program, session):
+            MergeCommonSubexpressions().run(program, session)
+            total += fired
+        return total
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from regraft.ir.nodes import Builder, arguments, rank
 from regraft.ir.pattern import Call, operator
 from regraft.ir.rule import Example, Match, Replacement, Requirement, Rule, need
 from regraft.ir.weights import WeightOp
+from regraft.passes.fuse.cut import cut_of
+from regraft.passes.fuse.rows import rows_of
 
 aten = torch.ops.aten
 cut = operator(aten.slice.Tensor, aten.select.int)
@@ -45,26 +47,51 @@ class _FirstColumns(torch.nn.Module):
         return some
 
 
+class _ClassToken(torch.nn.Module):
+    """A pre-norm block of which only the first token is read, padding hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.second = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)
+        self.query, self.key, self.value, self.out = (torch.nn.Linear(8, 8) for _ in range(4))
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        made = [part(self.norm(x)).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.query, self.key, self.value)]
+        weights = (made[0] @ made[1].mT / 2).masked_fill(~there[:, None, None], float("-inf")).softmax(-1)
+        x = x + self.out((weights @ made[2]).transpose(1, 2).flatten(2))
+        x = x + self.down(torch.nn.functional.gelu(self.up(self.second(x))))
+        return x[:, 0]
+
+
 class DropUnreadRows(Rule):
-    """linear(x)[:, a:b] is linear(x[:, a:b]), along any dim but the features."""
+    """f(x)[:, a:b] is f(x[:, a:b]), where f makes each row of the same row of x: a linear layer, a norm, a sum, the
+    queries of attention… Of a model's last layer little is left where only one token is read."""
 
     exactness = Exactness.REASSOCIATED
     quiet = True
 
-    def pattern(self) -> Any:
-        return Call(cut.targets, (_product(),), loose=True)
+    def pattern(self, source: Any) -> Any:
+        return Call(cut.targets, (source,), loose=True)
 
     def check(self, match: Match) -> Iterator[Requirement]:
-        yield need(match.sole_user("product"), "the other rows are read too", at=match.product)
-        yield need(bool(arguments(match.root)["dim"] != -1), "features are cut, not rows")
-        yield need(rank(match.root) >= 2, "a single row is left", at=match.root)
+        yield need(cut_of(match.root) is not None, "all rows are read, or rows that are known at run time only")
+        yield need(len(match.source.users) == 1, "the other rows are read too", at=match.source)
 
     def replace(self, match: Match, build: Builder) -> Replacement:
-        given = arguments(match.product)
-        rows = build.call(match.root.target, given["input"], *match.root.args[1:])  # type: ignore[arg-type]
-        return build.call(aten.linear.default, rows, given["weight"], given["bias"])
+        rows = cut_of(match.root)
+        made = None if rows is None else rows_of(match.source, rows, build)
+        if made is None or rows is None or match.root.target is aten.slice.Tensor:
+            return made
+        return build.call(aten.select.int, made, rows.dim - rank(made), 0)
 
-    examples = (Example("the last token of a head", lambda: (_LastToken(), (torch.randn(2, 3, 8),))),)
+    examples = (
+        Example("the last token of a head", lambda: (_LastToken(), (torch.randn(2, 3, 8),))),
+        Example(
+            "a block of which one token is read",
+            lambda: (_ClassToken(), (torch.randn(2, 5, 8), torch.arange(5) < torch.tensor([[3], [5]]))),
+        ),
+    )
 
 
 class DropUnreadColumns(Rule):
