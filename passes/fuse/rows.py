@@ -6,6 +6,7 @@ queries, nothing else of one operand. The others give None.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,20 @@ def _of_reshape(node: fx.Node, cut: Cut, build: Builder) -> fx.Node | None:
     return build.call(aten.reshape.default, rows, sizes) if sizes.count(-1) < 2 else None
 
 
+def _of_merged(node: fx.Node, cut: Cut, build: Builder) -> fx.Node | None:
+    """Tokens behind a reduction: those that it protects in front are what they were."""
+    merged, place = node.args
+    if not is_call(merged, (ops.merge_tokens,)) or place != 0 or cut.dim != 1:
+        return None
+    given = arguments(merged)  # type: ignore[arg-type]
+    kept: Any = given["kept"]
+    plan: Any = kept.args[0] if is_call(kept, (operator.getitem,)) else None
+    if not is_call(plan, (ops.plan_merge,)) or kept.args[1] != 0:
+        return None
+    inside = cut.start >= 0 and cut.start + cut.length <= arguments(plan)["prefix"]
+    return cut.of(given["x"], build) if inside else None
+
+
 _HANDLERS: dict[Any, Callable[[fx.Node, Cut, Builder], fx.Node | None]] = {
     aten.linear.default: _of_last_dims("input"),
     aten.embedding.default: _of_last_dims("indices"),
@@ -100,4 +115,5 @@ _HANDLERS: dict[Any, Callable[[fx.Node, Cut, Builder], fx.Node | None]] = {
     aten.permute.default: _of_permutation,
     aten.reshape.default: _of_reshape,
     ops.attention: attention_of_rows,
+    operator.getitem: _of_merged,
 }

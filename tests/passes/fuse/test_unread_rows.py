@@ -14,7 +14,8 @@ from regraft.ir import ops
 from regraft.ir.driver import Session
 from regraft.ir.nodes import arguments, shape
 from regraft.ir.program import Program
-from regraft.passes.pipeline import DropUnread, default_pipeline
+from regraft.passes.pipeline import DropUnread, default_pipeline, recognising
+from regraft.passes.tokens.reduce import ReduceTokens
 from tests.ir.graphs import numbers
 from tests.support import captured, needs_symbols_that_merge, run
 
@@ -133,6 +134,18 @@ def test_a_block_of_which_all_tokens_are_read_keeps_them() -> None:
     program = captured(Encoder(lambda h: (h[:, 0], h.mean(1))), (numbers(2, LENGTH, 16),))
     default_pipeline().run(program, Session())
     assert queries(program) == [LENGTH, LENGTH]
+
+
+def test_a_reduction_behind_which_protected_tokens_alone_are_read_is_none() -> None:
+    """The second one, behind the last attention."""
+    program, x = captured(Encoder(lambda h: h[:, 0]), (numbers(2, LENGTH, 16),)), numbers(2, LENGTH, 16)
+    default_pipeline(tokens=(ReduceTokens((2, 2)),)).run(program, Session())
+    assert queries(program) == [LENGTH, 1]
+    assert sum(node.target is ops.merge_tokens for node in program.graph.nodes) == 1
+    reduced = captured(Encoder(lambda h: h[:, 0]), (x,))
+    recognising().run(reduced, Session())
+    assert ReduceTokens((2, 2)).run(reduced, Session()) == 2
+    torch.testing.assert_close(run(program, (x,)), run(reduced, (x,)), rtol=1e-5, atol=1e-5)
 
 
 def test_the_last_token_of_any_number() -> None:
