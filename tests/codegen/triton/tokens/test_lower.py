@@ -22,7 +22,8 @@ from tests.support import captured
 
 
 def reduced(kind: str, method: str = "tome") -> Program:
-    """A tiny encoder with two tokens fewer behind each attention."""
+    """A tiny encoder with two tokens fewer behind each attention. Of images the class token is read: behind the last of
+    three attentions, no other token is computed."""
     image = kind in IMAGE_KINDS
     model = ClassToken(tiny(kind)) if image else MeanOfTokens(tiny(kind))
     program = capture(model, tuple((images() if image else texts()).values()))
@@ -41,20 +42,20 @@ def test_a_reduction_is_two_launches() -> None:
     program, log = reduced("vit"), Log()
     executable = lower(program, log)
     called = names(executable)
-    assert called.count("token_plan") == called.count("token_merge") == 3
+    assert called.count("token_plan") == called.count("token_merge") == 2
     left = [node.target for node in executable.module.graph.nodes if node.op == "call_function"]
     aten = torch.ops.aten
     assert not {ops.plan_merge, ops.merge_tokens, aten.mean.dim, aten.log.default} & set(left)
     assert relative(executable(*program.example)[0], outputs(program)[0]) <= 1e-5
     plans = [row for row in log.applications if row.new_nodes[0].startswith("token_plan")]
-    assert len(plans) == 3 and all(len(row.source_nodes) == 2 and row.user_line for row in plans)
+    assert len(plans) == 2 and all(len(row.source_nodes) == 2 and row.user_line for row in plans)
 
 
-@pytest.mark.parametrize("kind", ["beit", "bert", "modernbert"])
-def test_a_reduced_program_computes_the_same_lowered(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "merges"), [("beit", 2), ("bert", 3), ("modernbert", 3)])
+def test_a_reduced_program_computes_the_same_lowered(kind: str, merges: int) -> None:
     program = reduced(kind)
     executable = lower(program)
-    assert names(executable).count("token_merge") >= 3
+    assert names(executable).count("token_merge") >= merges
     assert relative(executable(*program.example)[0], outputs(program)[0]) <= 1e-5
 
 
@@ -62,7 +63,7 @@ def test_a_reduced_program_computes_the_same_lowered(kind: str) -> None:
 def test_methods(method: str) -> None:
     program = reduced("vit", method)
     executable = lower(program)
-    assert names(executable).count("token_plan") == 3
+    assert names(executable).count("token_plan") == 2
     assert relative(executable(*program.example)[0], outputs(program)[0]) <= 1e-5
 
 
@@ -70,7 +71,7 @@ def test_a_matching_without_a_kernel_says_why() -> None:
     program, log = reduced("vit", "divprune"), Log()
     executable = lower(program, log)
     assert "token_plan" not in names(executable) and "token_merge" in names(executable)
-    assert sum("one token after the other" in refusal.reason for refusal in log.refusals) == 3
+    assert sum("one token after the other" in refusal.reason for refusal in log.refusals) == 2
 
 
 def test_tokens_put_back_have_a_kernel() -> None:
