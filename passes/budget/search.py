@@ -107,6 +107,7 @@ class _Search:
 
     def _exact(self) -> Estimate:
         losses = checked(self.trials.losses(()), self.budget.limit)
+        # Not as errors that a metric of one's own counts: the exact model's are all 0, whatever the metric gives.
         exact = estimate(losses, confidence_of_look(self.budget.confidence, 1), self.budget.is_rate)
         if math.isnan(exact.mean):
             raise BudgetError(

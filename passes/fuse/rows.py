@@ -33,14 +33,14 @@ def rows_of(node: fx.Node, cut: Cut, build: Builder) -> fx.Node | None:
 def _of_broadcast(node: fx.Node, cut: Cut, build: Builder) -> fx.Node | None:
     """Operands that broadcast to the result: the rows of those that have them."""
     back = cut.dim - rank(node)
-    having = {
+    having = [
         operand
         for operand in node.all_input_nodes
         if is_tensor(operand) and rank(operand) >= -back and not size_equal(shape(operand)[back], 1)
-    }
+    ]
     if not having or not all(size_equal(shape(operand)[back], shape(node)[cut.dim]) for operand in having):
         return None
-    made = {operand: cut.of(operand, build, back) for operand in sorted(having)}
+    made = {operand: cut.of(operand, build, back) for operand in having}
     args, kwargs = (fx.map_arg(given, lambda n: made.get(n, n)) for given in (node.args, node.kwargs))
     return build.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -87,8 +87,7 @@ def _of_reshape(node: fx.Node, cut: Cut, build: Builder) -> fx.Node | None:
     if not front and not end:
         return None
     sizes[cut.dim] = cut.length
-    rows = cut.of(x, build, cut.dim if front else back)
-    return build.call(aten.reshape.default, rows, sizes) if sizes.count(-1) < 2 else None
+    return build.call(aten.reshape.default, cut.of(x, build, cut.dim if front else back), sizes)
 
 
 def _of_merged(node: fx.Node, cut: Cut, build: Builder) -> fx.Node | None:
