@@ -10,6 +10,7 @@ practice is a conjunction of key intervals and tensor tests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from regraft.ir.mask.length import ZERO_LENGTH, Length
@@ -237,20 +238,27 @@ def names_heads(predicate: Predicate) -> bool:
     return False
 
 
-def renumber(predicate: Predicate, places: dict[int, int]) -> Predicate:
-    """The predicate with its tensors at new places."""
+def map_atoms(predicate: Predicate, change: Callable[[Predicate], Predicate]) -> Predicate:
+    """The same combination of what ``change`` makes of each atom."""
     match predicate:
         case Not(operand):
-            return Not(renumber(operand, places))
+            return Not(map_atoms(operand, change))
         case And(operands):
-            return And(tuple(renumber(operand, places) for operand in operands))
+            return And(tuple(map_atoms(operand, change) for operand in operands))
         case Or(operands):
-            return Or(tuple(renumber(operand, places) for operand in operands))
-    if not tensors_of(predicate):
-        return predicate
-    match predicate:
-        case Same(query_tensor, key_tensor):
-            return Same(places[query_tensor], places[key_tensor])
-        case Lengths(number) | Keys(number) | Rows(number) | Dense(number) | Bits(number):
-            return type(predicate)(places[number])
-    raise TypeError(f"not an atom: {predicate!r}")
+            return Or(tuple(map_atoms(operand, change) for operand in operands))
+    return change(predicate)
+
+
+def renumber(predicate: Predicate, places: dict[int, int]) -> Predicate:
+    """The predicate with its tensors at new places."""
+
+    def moved(atom: Predicate) -> Predicate:
+        match atom:
+            case Same(query_tensor, key_tensor):
+                return Same(places[query_tensor], places[key_tensor])
+            case Lengths(number) | Keys(number) | Rows(number) | Dense(number) | Bits(number):
+                return type(atom)(places[number])
+        return atom
+
+    return map_atoms(predicate, moved)

@@ -12,7 +12,6 @@ from regraft.ir import ops
 from regraft.ir.mask import (
     KEY_LENGTH,
     QUERY_LENGTH,
-    And,
     Band,
     Chunk,
     Dense,
@@ -20,9 +19,7 @@ from regraft.ir.mask import (
     Keys,
     Length,
     Lengths,
-    Not,
     Nothing,
-    Or,
     Predicate,
     Prefix,
     Rows,
@@ -31,7 +28,7 @@ from regraft.ir.mask import (
     simplify,
 )
 from regraft.ir.mask.length import symbol
-from regraft.ir.mask.predicate import Heads, renumber, tensors_of
+from regraft.ir.mask.predicate import Heads, map_atoms, renumber, tensors_of
 from regraft.ir.nodes import Builder, arguments, rank, shape, size_equal
 from regraft.passes.fuse.cut import Cut
 from regraft.passes.refused import Refused
@@ -83,15 +80,12 @@ class _Reader:
 
     def read(self, predicate: Predicate) -> Predicate:
         """The predicate of these rows. Raises ``Refused``."""
-        match predicate:
+        return map_atoms(predicate, self._atom)
+
+    def _atom(self, atom: Predicate) -> Predicate:
+        match atom:
             case Everything() | Nothing() | Keys() | Lengths() | Heads():
-                return predicate
-            case And(operands):
-                return And(tuple(map(self.read, operands)))
-            case Or(operands):
-                return Or(tuple(map(self.read, operands)))
-            case Not(operand):
-                return Not(self.read(operand))
+                return atom
             case Prefix(length):
                 return Prefix(self._known(length))
             case Band(lower, upper):
@@ -107,7 +101,7 @@ class _Reader:
             case Dense(number):
                 self.tensors.append(self.matrix(self.given[number]))
                 return Dense(len(self.tensors) - 1)
-        raise Refused(f"the mask {predicate} is not understood for some of its rows")
+        raise Refused(f"the mask {atom} is not understood for some of its rows")
 
     def matrix(self, node: fx.Node) -> fx.Node:
         """These rows of what broadcasts to ``[batch, heads, rows, columns]``."""

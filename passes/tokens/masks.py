@@ -17,7 +17,6 @@ from regraft.ir.mask import (
     CAUSAL,
     KEY_LENGTH,
     QUERY_LENGTH,
-    And,
     Band,
     Chunk,
     Dense,
@@ -25,14 +24,13 @@ from regraft.ir.mask import (
     Keys,
     Length,
     Lengths,
-    Not,
     Nothing,
-    Or,
     Predicate,
     Prefix,
     Rows,
     Same,
 )
+from regraft.ir.mask.predicate import map_atoms
 from regraft.ir.nodes import Builder, rank, shape, size_equal
 from regraft.passes.refused import Refused
 from regraft.passes.tokens.layout import Layout, Span
@@ -65,15 +63,12 @@ class Reader:
 
     def read(self, predicate: Predicate) -> Predicate:
         """The predicate over the tokens that stay. Raises ``Refused``."""
-        match predicate:
+        return map_atoms(predicate, self._atom)
+
+    def _atom(self, atom: Predicate) -> Predicate:
+        match atom:
             case Everything() | Nothing():
-                return predicate
-            case And(operands):
-                return And(tuple(map(self.read, operands)))
-            case Or(operands):
-                return Or(tuple(map(self.read, operands)))
-            case Not(operand):
-                return Not(self.read(operand))
+                return atom
             case Keys(number):
                 return Keys(self._slot(self._vector(number, self.columns)))
             case Rows(number):
@@ -82,7 +77,7 @@ class Reader:
                 return Same(self._slot(self._vector(left, self.rows)), self._slot(self._vector(right, self.columns)))
             case Dense(number):
                 return Dense(self._slot(self.matrix(self.sources[number])))
-        return self._of_places(predicate)
+        return self._of_places(atom)
 
     def _of_places(self, predicate: Predicate) -> Predicate:
         """Atoms over indices alone."""
