@@ -6,6 +6,7 @@ process plays every rank and nothing is sent. What a rank sends is told to whoev
 
 from __future__ import annotations
 
+from inspect import isfunction
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -21,6 +22,25 @@ WORLD = "world"
 
 class GroupError(RegraftError, RuntimeError):
     """Code for one rank of a group runs where there is no such group, or as another rank of it."""
+
+
+def _let_groups_end() -> None:
+    """Let ``destroy_process_group`` end the threads of a group that was made before the first compilation.
+
+    ``torch.distributed.nn.functional``, which ``torch._dynamo`` loads, takes the default group of that moment as the
+    default argument of its functions. Loaded behind ``init_process_group`` it holds that group as long as the process
+    lives: its threads still run when the process ends, and now and then abort it.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return
+    from torch.distributed.nn import functional
+
+    for function in vars(functional).values():
+        if isfunction(function) and function.__defaults__:
+            given = function.__defaults__
+            function.__defaults__ = tuple(None if isinstance(value, dist.ProcessGroup) else value for value in given)
 
 
 def group_of(name: str, ranks: int, rank: int) -> ProcessGroup:
@@ -69,3 +89,6 @@ def gather_parts(part: Tensor, group: ProcessGroup) -> Tensor:
     rows = part.contiguous().reshape(1, *part.shape)
     gathered: Tensor = collectives.wait_tensor(collectives.all_gather_tensor(rows, 0, group))
     return gathered
+
+
+_let_groups_end()

@@ -6,9 +6,6 @@ One launch of torchrun serves all tests here (``sharded_ranks.py``); every findi
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from regraft.cli.ranks import Rank
 from regraft.ir.transport import GroupError
 from regraft.ir.verify import relative_l2
 from tests.passes.experts.models import HandWritten
+from tests.ranks import torchrun, words_of_ranks
 from tests.regraft.sharded_ranks import RANKS, RUN, replicated
 
 pytest.importorskip("transformers")
@@ -39,22 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def torchrun(*command: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command as every rank."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [*launch, *command], env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Case -> what each rank found."""
-    done = torchrun(Path(__file__).with_name("sharded_ranks.py"), folder)
-    said = [line for line in done.stderr.splitlines() if line.startswith("[rank")] or done.stderr.splitlines()[-60:]
-    assert done.returncode == 0, "\n".join(said)
+    done = torchrun(RANKS, Path(__file__).with_name("sharded_ranks.py"), folder)
+    assert done.returncode == 0, words_of_ranks(done)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
@@ -162,7 +149,7 @@ def test_an_artifact_of_a_rank_holds_its_own_experts_and_does_not_run_alone(fold
 def test_the_command_line_runs_the_artifacts_of_all_ranks(folder: Path) -> None:
     save_file({"0": X}, folder / "x.safetensors")
     paths = [folder / "{rank}.regraft", "--inputs", folder / "x.safetensors", "-o", folder / "y{rank}.safetensors"]
-    done = torchrun("-m", "regraft", "run", *paths)
+    done = torchrun(RANKS, "-m", "regraft", "run", *paths)
     assert done.returncode == 0, done.stderr
     wanted = HandWritten().eval()(X)
     for rank in range(RANKS):

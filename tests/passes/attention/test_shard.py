@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from regraft.ir.verify import relative_l2
 from regraft.passes.attention.errors import AttentionError
 from regraft.passes.attention.shard import ShardAttention
 from tests.ir.graphs import numbers
+from tests.ranks import torchrun, words_of_ranks
 from tests.support import captured, run
 
 Q, K, V = numbers(2, 4, 9, 8, seed=1), numbers(2, 2, 9, 8, seed=2), numbers(2, 2, 9, 6, seed=3)
@@ -123,19 +121,8 @@ def test_ranks_that_cannot_be(given: tuple[int, int, str]) -> None:
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, ["causal", "padding", "sinks"]), (4, ["causal", "padding", "sinks"])])
 def test_real_ranks(ranks: int, names: list[str], tmp_path: Path) -> None:
-    script, root = Path(__file__).with_name("shard_ranks.py"), Path(__file__).parents[3]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*launch, script, tmp_path, *names],
-        env=environment,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, "\n".join(done.stderr.splitlines()[-40:])
+    done = torchrun(ranks, Path(__file__).with_name("shard_ranks.py"), tmp_path, *names)
+    assert done.returncode == 0, words_of_ranks(done)
     for rank in range(ranks):
         found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
         assert len(found) == 2 * len(names)
