@@ -2,7 +2,8 @@
 
 ``torch.utils._pytree.treespec_loads`` imports modules that its text names (for enums and default factories),
 so it cannot read a file that is not trusted. Here a class is only looked up among those registered as pytree nodes;
-for the outputs of an installed transformers, its own module registers them.
+for the outputs of an installed transformers, its own module registers them. A named tuple without a registered name is
+the class of that name in a module that is loaded, or else one made of the same fields.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
+import sys
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from typing import Any
 
@@ -69,12 +71,14 @@ def decode_tree(data: Any) -> TreeSpec:
     keys = context[1] if kind is defaultdict else context
     if isinstance(keys, list) and len(keys) != len(children):
         raise _malformed(data)
+    if kind is namedtuple and len(getattr(context, "_fields", ())) != len(children):
+        raise _malformed(data)
     return TreeSpec(kind, context, children)
 
 
 def _encode_context(kind: Any, context: Any) -> Any:
     if kind is namedtuple:
-        return _registered_name(context)
+        return _registered_name(context) if _is_registered(context) else _named_tuple_as_data(context)
     if kind is defaultdict:
         factory, keys = context
         if factory is not None and _FACTORIES.get(factory.__name__) is not factory:
@@ -88,7 +92,7 @@ def _encode_context(kind: Any, context: Any) -> Any:
 
 def _decode_context(kind: Any, data: Any) -> Any:
     if kind is namedtuple:
-        return _registered_class(data)
+        return _named_tuple(data) if isinstance(data, dict) else _registered_class(data)
     if kind is defaultdict:
         name, keys = data
         if name is not None and name not in _FACTORIES:
@@ -104,16 +108,37 @@ def _keys(data: Any) -> list[Any]:
     return keys
 
 
-def _registered_name(kind: Any) -> str:
+def _named_tuple_as_data(kind: Any) -> dict[str, Any]:
+    return {"module": kind.__module__, "name": kind.__qualname__, "fields": list(kind._fields)}
+
+
+def _named_tuple(data: dict[str, Any]) -> Any:
+    """The class that the data describe. No module is imported for it: where none that is loaded defines it, a class of
+    the same name and fields takes its place."""
+    found: Any = sys.modules.get(str(data.get("module")))
+    for part in str(data.get("name")).split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, type) and pytree.is_namedtuple_class(found) and _named_tuple_as_data(found) == data:
+        return found
+    try:
+        return namedtuple(data["name"].rpartition(".")[2], data["fields"], module=data["module"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _malformed(data) from None
+
+
+def _is_registered(kind: Any) -> bool:
     node = pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
-    name = None if node is None else node.serialized_type_name
-    if name is None or name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
+    return node is not None and node.serialized_type_name not in (None, pytree.NO_SERIALIZED_TYPE_NAME_FOUND)
+
+
+def _registered_name(kind: Any) -> str:
+    if not _is_registered(kind):
         raise ArtifactError(
             f"the class {getattr(kind, '__qualname__', kind)} in the inputs or outputs cannot be saved: it is "
             "registered as a pytree node without a name; pass serialized_type_name=… to "
             "torch.utils._pytree.register_pytree_node"
         )
-    return str(name)
+    return str(pytree.SUPPORTED_SERIALIZED_TYPES[kind].serialized_type_name)
 
 
 def _registered_class(name: Any) -> Any:
