@@ -171,7 +171,7 @@ class _Probe:
         """The schedules whose time is measured, the most telling first: many reductions that remove hardly anything,
         for what a reduction costs, then an even one, and cuts behind the first layer, for what tokens save."""
         yield sites.uniform(method, sites.removals[1])
-        yield sites.uniform(method, _even_step(sites))
+        yield sites.uniform(method, _even_step(sites, method))
         for removed in levels:
             yield _removed(sites, Cut(legal[0], removed))
 
@@ -179,8 +179,8 @@ class _Probe:
         """The method that loses least when half of the tokens go evenly, among those that save time where most can be
         saved: when as many as possible go at once, behind the first layer. With it the time of that schedule; "" where
         none saves any."""
-        step = _even_step(sites)
-        even = {method: (sites.candidate(method, sites.uniform(method, step)),) for method in sites.legal}
+        steps = {method: sites.uniform(method, _even_step(sites, method)) for method in sites.legal}
+        even = {method: (sites.candidate(method, steps[method]),) for method in sites.legal}
         losses = {method: self._loss(even[method], self._batches(_METHODS, len(even))) for method in even}
         ordered = sorted((m for m in losses if math.isfinite(losses[m])), key=lambda method: losses[method])
         told = ", ".join(f"{method} {losses[method]:.1e}" for method in ordered)
@@ -217,9 +217,9 @@ class _Probe:
         return int(np.clip(affordable, 1, self.trials.batches)) if self.found.per_batch else 1
 
 
-def _even_step(sites: TokenSites) -> int:
-    """How many tokens go behind each layer when half of all do."""
-    return max(1, round((sites.tokens - sites.protected) / 2 / max(sites.layers, 1)))
+def _even_step(sites: TokenSites, method: str) -> int:
+    """How many tokens go behind each layer that allows it when half of all do."""
+    return max(1, round((sites.tokens - sites.protected) / 2 / max(sum(sites.legal[method]), 1)))
 
 
 def _cut(sites: TokenSites, method: str, cut: Cut) -> Candidate:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
-
+from regraft.ir.cost import node_cost
 from regraft.ir.nodes import user_line
 from regraft.ir.ops.plan_merge import most_removable
 from regraft.ir.program import Program
@@ -14,6 +13,7 @@ from regraft.passes.refused import Refused
 from regraft.passes.tokens.legality import Legality, examine, walks
 from regraft.passes.tokens.methods import METHODS, Method
 from regraft.passes.tokens.reduce import ReduceTokens
+from regraft.passes.tokens.sites import Site
 
 #: Parts of the tokens that may go at one layer.
 _PARTS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 5 / 32, 3 / 16, 7 / 32, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2)
@@ -71,33 +71,57 @@ def is_baseline(method: Method) -> bool:
 
 
 def find_token_sites(program: Program) -> TokenSites:
-    """The token axis of a recognised program. Raises ``Refused`` where no method may remove a token anywhere."""
-    place = next((walk.attentions.index(next(iter(walk.sites))) for walk in walks(program) if walk.sites), 0)
-    found: dict[bool, Legality] = {drops: examine(program, 0, drops, start=place) for drops in (False, True)}
+    """The token axis of a recognised program: where it holds several sequences of tokens, the one on which most work
+    hangs. Raises ``Refused`` where no method may remove a token anywhere."""
+    refused: list[Refused] = []
+    offered: list[tuple[float, TokenSites]] = []
+    for found in walks(program):
+        refused += [why for node, why in found.refused.items() if node in found.reached]
+        if not found.sites:
+            continue
+        assert found.walk is not None
+        first, inner = next(iter(found.sites.values())), _inner(found)
+        if inner < _FEWEST:
+            few = f"{inner} of {found.walk.tokens} tokens may go, and this begins at {_FEWEST}"
+            refused += [Refused(few, first.anchor)] * len(found.sites)
+        else:
+            offered.append((_work(found, first), _of_walk(program, found)))
+    if offered:
+        return max(offered, key=lambda pair: pair[0])[1]
+    raise _most_common(refused)
+
+
+def _of_walk(program: Program, found: Legality) -> TokenSites:
+    """The sites of one sequence of tokens, also for methods that drop what goes."""
+    assert found.walk is not None
+    first = next(iter(found.sites))
+    dropped = examine(program, drops=True, start=found.attentions.index(first))
+    allowed = {False: found.sites.keys(), True: dropped.sites.keys()}
     legal = {
-        name: tuple(node in found[method.drops].sites for node in found[method.drops].attentions)
+        name: tuple(node in allowed[method.drops] for node in found.attentions)
         for name, method in METHODS.items()
-        if not is_baseline(method) and found[method.drops].sites
+        if not is_baseline(method) and allowed[method.drops]
     }
-    if not legal:
-        raise _why_nowhere(found[False])
-    best = found[False] if found[False].sites else found[True]
-    assert best.walk is not None
-    tokens, protected = best.walk.tokens, best.prefix + best.suffix
-    inner = tokens - protected
-    if inner < _FEWEST:
-        raise Refused(f"{inner} of {tokens} tokens may go, and this begins at {_FEWEST}", _first(best))
+    inner, line = _inner(found), user_line(found.sites[first].anchor)
     removals = (0, *sorted({number for part in _PARTS if (number := round(inner * part)) > 0}))
-    return TokenSites(tokens, protected, legal, removals, user_line(_first(best)))
+    return TokenSites(found.walk.tokens, found.prefix + found.suffix, legal, removals, line)
 
 
-def _why_nowhere(found: Legality) -> Refused:
+def _inner(found: Legality) -> int:
+    """How many tokens lie between those that stay."""
+    assert found.walk is not None
+    return found.walk.tokens - found.prefix - found.suffix
+
+
+def _work(found: Legality, first: Site) -> float:
+    """The floating-point operations that are fewer once tokens are gone behind ``first``."""
+    heavy = (node for node, step in found.steps(first) if step.heavy and step.layout is not None)
+    return sum(node_cost(node).flops for node in heavy)
+
+
+def _most_common(refused: list[Refused]) -> Refused:
     """The reason of the most self-attentions; among equals that of the first."""
-    if not found.attentions:
+    if not refused:
         return Refused("no self-attention was recognised")
-    reasons = [refused.reason for refused in found.refused.values()]
-    return max(found.refused.values(), key=lambda refused: reasons.count(refused.reason))
-
-
-def _first(found: Legality) -> fx.Node:
-    return next(iter(found.sites.values())).anchor
+    reasons = [why.reason for why in refused]
+    return max(refused, key=lambda why: reasons.count(why.reason))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from regraft.ir.capture import capture
 from regraft.ir.driver import Session
+from regraft.ir.program import Program
 from regraft.passes.budget.token_sites import TokenSites, find_token_sites
 from regraft.passes.budget.token_table import Cut, table
 from regraft.passes.pipeline import recognising
@@ -122,3 +123,40 @@ def test_a_program_whose_tokens_cannot_go_says_why(
     recognising().run(program, Session(verify="off"))
     with pytest.raises(Refused, match=reason):
         find_token_sites(program)
+
+
+class Towers(nn.Module):
+    """A tower over the tokens of each input: what meets is their means or, where tokens see none that are later, all of
+    them."""
+
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.causal = Classifier().encoder, Classifier().encoder, causal
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        if not self.causal:
+            return (self.first(x).mean(1) * self.second(y).mean(1),)
+        masks = [torch.ones(z.shape[1], z.shape[1], dtype=torch.bool).triu(1) for z in (x, y)]
+        return self.first.layers[0](x, src_mask=masks[0]), self.second(y, mask=masks[1])
+
+
+def towers(model: nn.Module, *lengths: int) -> Program:
+    program = capture(model.eval(), tuple(torch.randn(2, length, 32) for length in lengths))
+    recognising().run(program, Session(verify="off"))
+    return program
+
+
+@pytest.mark.parametrize(
+    ("lengths", "legal"),
+    [((4, 16), (False, False, True, True)), ((32, 16), (True, True, False, False))],
+)
+def test_of_several_sequences_the_one_is_taken_on_which_most_work_hangs(
+    lengths: tuple[int, int], legal: tuple[bool, ...]
+) -> None:
+    sites = find_token_sites(towers(Towers(), *lengths))
+    assert sites.tokens == max(lengths) and sites.legal["tome"] == sites.legal["dart"] == legal
+
+
+def test_each_sequence_says_its_own_reason() -> None:
+    with pytest.raises(Refused, match="every token is an output"):
+        find_token_sites(towers(Towers(causal=True), 16, 16))
