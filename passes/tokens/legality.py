@@ -134,8 +134,8 @@ def _site(found: Legality, attention: fx.Node, drops: bool) -> Site:
         raise Refused(lost[1].reason, lost[0]) if lost else Refused("the tokens do not reach the sum", site.anchor)
     if span_of(layout) != Span(0, walk.tokens):
         raise Refused("a part of the tokens alone goes on from here", site.anchor)
-    held = [type(factor) for factors in layout[:2] for factor in factors]
-    if held not in ([Batch, Span], [Span, Batch]) or not is_plain(layout[2]):
+    held = [tuple(map(type, factors)) for factors in layout[:2]]
+    if held not in ([(Batch,), (Span,)], [(Span,), (Batch,)]) or not is_plain(layout[2]):
         raise Refused("the residual stream is not laid out as batch, tokens and width", site.anchor)
     steps = list(found.steps(site))
     _check_gain(site, steps)

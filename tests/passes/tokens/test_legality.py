@@ -222,6 +222,24 @@ def test_windows_are_refused_with_the_users_line() -> None:
     assert "modeling_swin.py" in session.log.refusals[0].user_line
 
 
+def test_windows_of_one_sample_are_told_from_its_tokens() -> None:
+    """What windows of one sample hold lies in one dim where they come together, as its tokens would."""
+
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(False, False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.block.attend(x.reshape(3, 4, WIDTH)).reshape(1, 12, WIDTH)
+            return self.block.up(x).mean(1)  # type: ignore[no-any-return]
+
+    found = examine(recognised(Windowed(), (torch.randn(1, 12, WIDTH),)))
+    assert [refused.reason for refused in found.refused.values()] == [
+        "the residual stream is not laid out as batch, tokens and width"
+    ]
+
+
 def test_an_attention_over_all_tokens_cannot_reduce_the_stream_that_was_reduced_before_it() -> None:
     class Running(nn.Module):
         def __init__(self) -> None:
