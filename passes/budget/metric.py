@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
 from regraft.passes.budget.errors import BudgetError
 
@@ -83,8 +83,9 @@ def losses(metric: str | MetricFunction, output: Any, reference: Any, name: str 
 
 
 def _called(metric: MetricFunction, output: Any, reference: Any) -> Tensor:
+    own = tree_map_only(Tensor, torch.clone, (output, reference))  # it may write to them, and others are compared later
     try:
-        returned = metric(output, reference)
+        returned = metric(*own)
     except Exception as error:  # the user's function may raise anything
         said = (str(error).strip().splitlines() or ["no message"])[0]
         raise BudgetError(

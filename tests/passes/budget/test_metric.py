@@ -96,6 +96,15 @@ def test_a_function_is_given_the_outputs_and_may_answer_for_the_batch_or_for_eac
     assert losses(lambda o, r: 0.25, output, reference).tolist() == [0.25]
 
 
+def test_a_function_that_writes_to_what_it_is_given_changes_no_later_loss() -> None:
+    def greedy(output: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+        return float(reference["logits"].sub_(output["logits"]).abs().sum())
+
+    output, reference = torch.tensor([[1.0, 5.0]]), torch.tensor([[1.0, 1.0]])
+    for _ in range(2):
+        assert losses(greedy, {"logits": output}, {"logits": reference}).tolist() == [4.0]
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
