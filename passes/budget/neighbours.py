@@ -20,6 +20,7 @@ from regraft.solvers.schedule.tokens import TokenTable, solve_tokens
 _SCHEDULES = 24  # of the front that the joint choice is made from
 _OPTIMISM = 4.0  # sums of single losses may also predict too much: the ladder goes beyond the limit by this
 _STEPS = 64.0  # and down to this part of it
+_LARGEST = 1e300  # of limits that can be multiplied
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Space:
 
     def curve(self, limit: float, number: int) -> list[Choice]:
         """The solvers' front of joint choices around ``limit``, slow and exact first."""
+        limit = min(limit, _LARGEST)
         limits = [float(value) for value in np.geomspace(limit / _STEPS, limit * _OPTIMISM, number)]
         options = {site: list(own) for site, own in self._options(limits[-1]).items()}
         return curve(Sites(options, self.exact_seconds, self._conflicts(options)), limits, time_limit=0.5 * number)

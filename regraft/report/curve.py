@@ -15,6 +15,7 @@ from regraft.report.svg import line, text
 _WIDTH, _HEIGHT = 760, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 20, 20, 52
 _DECADES = 6  # of loss that are shown; what loses less stands at the left edge
+_FAR = 1e3  # a limit that is more than this times the largest loss stands at the right edge
 _RADIUS = 4.5
 
 
@@ -28,7 +29,7 @@ class _Plane:
 
     def x(self, loss: float) -> float:
         share = (math.log10(max(loss, 10.0**self.low)) - self.low) / (self.high - self.low)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + min(share, 1.0) * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, seconds: float) -> float:
         return _HEIGHT - _BOTTOM - seconds / self.slowest * (_HEIGHT - _TOP - _BOTTOM)
@@ -39,7 +40,8 @@ def curve_svg(budget: BudgetReport) -> Markup | None:
     points = [point for point in budget.points if math.isfinite(point.known_loss)]
     if len(points) < 2 or not any(point.known_loss > 0 for point in points):
         return None
-    high = math.ceil(math.log10(max(budget.limit, *(point.known_loss for point in points))) + 0.05)
+    worst = max(point.known_loss for point in points)
+    high = math.ceil(math.log10(max(worst, min(budget.limit, _FAR * worst))) + 0.05)
     plane = _Plane(high - _DECADES, high, 1.08 * max(point.known_seconds for point in points))
     limit = plane.x(budget.limit)
     parts = [*_grid(plane), line("roof", limit, _TOP, limit, _HEIGHT - _BOTTOM)]
