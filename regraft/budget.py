@@ -36,7 +36,7 @@ from regraft.rehearsal import Rehearsal
 from regraft.report.budget import BudgetPoint, BudgetReport, Decision
 from regraft.solvers.schedule.points import front
 
-__all__ = ["Budget", "BudgetError", "Spending", "spend"]
+__all__ = ["Budget", "BudgetError", "Spending", "spend", "unspent"]
 
 #: The family of token schedules.
 TOKENS = "tokens"
@@ -169,6 +169,11 @@ def _finished(exact: Build, chosen: Tried, target: str, verify: str) -> Build:
     lossy: tuple[Pass, ...] = rewrites(chosen.composition)
     toolchain = Toolchain(pipeline=lambda name: default_pipeline(name, tokens=lossy))
     return build(exact.before.copy(), target, verify, toolchain, None)
+
+
+def unspent(budget: Budget, reason: str) -> BudgetReport:
+    """What is told of a budget that there was nothing to spend on: the model is not compiled."""
+    return _report(budget, refused=f"the model is not compiled ({reason})")
 
 
 def _report(budget: Budget, **given: Any) -> BudgetReport:

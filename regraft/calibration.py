@@ -24,6 +24,7 @@ from regraft.sources import read_inputs
 _MOST_BATCHES = 4096
 _FEWEST_BATCHES = 2
 _FEWEST_SAMPLES = 8  # in each of the two parts
+_LONG = 64  # bytes of a sample from which on samples are not equal by chance
 
 
 class Call(NamedTuple):
@@ -55,6 +56,12 @@ def read_batches(calibration: Any) -> list[Call]:
         elif isinstance(batch, Tensor):
             calls.append(Call((batch,), {}))
         elif isinstance(batch, Mapping):
+            wrong = [name for name in batch if not isinstance(name, str)]
+            if wrong:
+                raise BudgetError(
+                    f"calibration batch {number} is a dict with the key {wrong[0]!r}; give the names of inputs as keys "
+                    "(a model whose only input is a dict takes a tuple of it)"
+                )
             calls.append(Call((), dict(batch)))
         elif isinstance(batch, (tuple, list)):
             calls.append(Call(tuple(batch), {}))
@@ -85,9 +92,11 @@ def split(calls: list[Call], entry: Entry, seed: int) -> Calibration:
         raise BudgetError("the calibration holds no batch; give at least two, better some hundred samples")
     for number, call in enumerate(calls):
         if not _fits(call, entry):
+            given, wanted = describe_call(*call), describe_call(*entry.example)
+            alike = ", in other containers or memory formats" if given == wanted else ""
             raise BudgetError(
-                f"calibration batch {number} is {describe_call(*call)}, and the model was compiled for "
-                f"{describe_call(*entry.example)}; give batches like that"
+                f"calibration batch {number} is {given}, and the model was compiled for {wanted}{alike}; give batches "
+                "like that"
             )
     if len(calls) < _FEWEST_BATCHES:
         raise BudgetError("the calibration holds one batch; give at least two, one to calibrate with and one held out")
@@ -121,26 +130,44 @@ def _refuse_repeated(calls: list[Call]) -> None:
 
 
 def _refuse_copies(calls: list[Call]) -> None:
-    """Raise ``BudgetError`` where most batches are copies of others, as of data that are gone through again. A few are
-    what data may hold."""
-    copies = len(calls) - len(set(map(_contents, calls)))
-    if 2 * copies >= len(calls):
-        raise BudgetError(
-            f"{copies} of {len(calls)} calibration batches hold the same numbers as others, so that what is held out "
-            "would have been calibrated with; give each sample once"
-        )
+    """Raise ``BudgetError`` where most batches, or most samples of all, are copies of others, as of data that are gone
+    through again. A few are what data may hold, and so are many where a sample is a few bytes."""
+    batches = list(map(_contents, calls))
+    samples = [sample for call in calls for sample in _of_each(call)]
+    for what, held in (("batches", batches), ("samples", samples)):
+        copies = len(held) - len(set(held))
+        if copies and 2 * copies >= len(held):
+            raise BudgetError(
+                f"{copies} of {len(held)} calibration {what} hold the same numbers as others, so that what is held out "
+                "would have been calibrated with; give each sample once"
+            )
 
 
 def _contents(call: Call) -> bytes:
     """A digest of all that a call is given."""
     digest = hashlib.blake2b()
-    for value in tree_leaves((call.args, dict(sorted(call.kwargs.items())))):
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            digest.update(repr(value).encode())
+    for value in _leaves(call):
+        digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
     return digest.digest()
+
+
+def _of_each(call: Call) -> list[bytes]:
+    """A digest of each sample, its rows of all tensors that have one for each; none where those are short."""
+    number = samples_of(call)
+    rows = [value for value in _leaves(call) if isinstance(value, Tensor) and value.dim() and len(value) == number]
+    if sum(value[:1].nbytes for value in rows) < _LONG:
+        return []
+    return [hashlib.blake2b(b"".join(_bytes(value[at]) for value in rows)).digest() for at in range(number)]
+
+
+def _leaves(call: Call) -> list[Any]:
+    return tree_leaves((call.args, dict(sorted(call.kwargs.items()))))
+
+
+def _bytes(value: Tensor) -> bytes:
+    """Type, shape and numbers of a tensor."""
+    numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{value.dtype}{list(value.shape)}".encode() + numbers.tobytes()
 
 
 def covered(calls: list[Call], entry: Entry) -> dict[Symbol, tuple[int, int]]:
@@ -196,10 +223,9 @@ def _stored(path: Path, example: Call) -> Call:
 
 
 def samples_of(call: Call) -> int:
-    """The first dim of the first tensor that has one."""
-    args, kwargs = call
-    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
-    return next((int(tensor.shape[0]) for tensor in tensors), 1)
+    """The first dim of the first tensor that has one, however deep it lies; one of 1 is spread over the samples."""
+    sizes = [int(value.shape[0]) for value in tree_leaves(tuple(call)) if isinstance(value, Tensor) and value.dim() > 0]
+    return next((size for size in sizes if size != 1), 1)
 
 
 def leaves_of(call: Call, entry: Entry) -> list[Any]:

@@ -348,6 +348,10 @@ class CompiledModule(StandIn):
             self._refused.clear()
         self._refused[key] = reason
         self._watch_weights()  # a model that changes gets another chance
+        if self._options.spending is not None and self._report.budget is None:
+            from regraft.budget import unspent
+
+            self._report.budget = unspent(self._options.spending.budget, reason)
         if tell:
             self._event("fallback", reason)
         return reason

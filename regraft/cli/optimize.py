@@ -93,7 +93,7 @@ def optimize(
         report.model = report.model or model
         if html is not None:
             report.save_html(html)
-        if report.budget is not None and report.budget.refused:
+        if report.budget is not None and report.budget.refused and fast.entries:
             raise Refused(
                 f"the accuracy budget was refused ({report.budget.refused}), so {output} was not written; "
                 "leave --budget out to write the exact model"

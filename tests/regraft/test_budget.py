@@ -19,6 +19,7 @@ import regraft
 from regraft import Budget
 from regraft.errors import OptionError
 from regraft.rehearsal import Rehearsal
+from regraft.report.html import render
 from tests.regraft import budget_cases
 from tests.regraft.budget_cases import Classifier, batch, nothing_is_timed
 
@@ -133,6 +134,8 @@ def wrong(output: Tensor, reference: Tensor) -> Any:
         ),
         (of_batches(batch(1), batch(2).double()), r"calibration batch 1 is float64\[8, 16, 32\]"),
         (of_batches((batch(1), batch(1))), r"calibration batch 0 is float32\[8, 16, 32\], float32\[8, 16, 32\]"),
+        (of_batches(((batch(1),),)), r"compiled for float32\[8, 16, 32\], in other containers or memory formats"),
+        (of_batches(*(batch(seed)[:1].repeat(8, 1, 1) for seed in range(4))), "28 of 32 calibration samples hold the"),
         ({"budget": Budget(undefined, 0.1)}, r"not a number \(NaN\) for the exact model"),
         ({"budget": Budget(similarity, 0.1)}, "the exact model has a loss of 1, and the limit is 0.1"),
         ({"budget": Budget(wrong, 0.1)}, "the metric wrong raised"),
@@ -158,6 +161,46 @@ def test_too_few_samples_are_refused(model: nn.Module) -> None:
     x = batch(0, size=2)
     fast = regraft.compile(model, x, budget=Budget("kl", 0.1), calibration=[batch(1, 2), batch(2, 2)])
     assert "4 samples, of which 2 are held out; give at least 8" in fast.report.budget.refused
+
+
+def test_samples_are_counted_however_deep_they_lie(model: nn.Module) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, scale: Tensor, given: dict[str, Tensor]) -> Tensor:
+            return scale * self.inner(given["x"])  # type: ignore[no-any-return]
+
+    calls = [(torch.ones(1), {"x": x}) for x in BATCHES]
+    budget = Budget("kl", LIMIT, seconds=20)
+    fast = regraft.compile(Nested().eval(), (torch.ones(1), {"x": batch(0)}), budget=budget, calibration=calls)
+    assert fast.report.budget.spent and fast.report.budget.samples == 32
+
+
+def test_samples_that_are_given_again_in_other_batches_are_refused(model: nn.Module) -> None:
+    again = torch.cat(BATCHES[:4])[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+    options = of_batches(*BATCHES[:4], *again.split(8))
+    report = regraft.compile(model, batch(0), budget=Budget("kl", LIMIT), **options).report.budget
+    assert report.refused.startswith("32 of 64 calibration samples hold the same numbers as others")
+
+
+def test_a_model_that_cannot_be_compiled_says_what_became_of_its_budget(model: nn.Module) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x + torch.randn_like(x))  # type: ignore[no-any-return]
+
+    fast = regraft.compile(Noisy().eval(), batch(0), budget=Budget("kl", LIMIT), calibration=BATCHES)
+    assert not fast.entries and fast.report.budget.refused.startswith("the model is not compiled (")
+
+
+def test_a_limit_that_no_plot_reaches_is_spent_and_told(model: nn.Module) -> None:
+    fast = spent(model, 1e308)
+    assert fast.report.budget.spent and "limit 1e+308" in render(fast.report)
 
 
 def test_a_budget_that_nothing_keeps_leaves_the_exact_model_and_says_why(model: nn.Module) -> None:
@@ -215,6 +258,7 @@ def test_a_refusal_for_one_shape_makes_way_for_what_another_one_was_given(model:
             "the calibration is a Tensor; give a list of batches",
         ),
         ({"budget": Budget("kl", 0.1), "calibration": [3]}, "calibration batch 0 is a int"),
+        ({"budget": Budget("kl", 0.1), "calibration": [{"x": BATCHES[0], 1: 2}]}, "batch 0 is a dict with the key 1"),
         (
             {"budget": Budget("kl", 0.1), "calibration": BATCHES, "experts": "plan.json"},
             "budget and experts were given",
