@@ -300,10 +300,12 @@ class _Search:
             if not told:
                 return "the metric is not a number (NaN) for every rewritten model; check the metric"
             mildest = min(told, key=lambda loss: loss.mean)
+            seconds = f", or more than {self.budget.seconds:g} seconds, which were over"
+            more = "" if self.found.stop == "done" else seconds
             return (
                 f"no rewrite keeps {limit}: the mildest that was tried loses {mildest.mean:.2g}, which may be "
                 f"{mildest.upper:.2g} as far as {mildest.samples} samples tell; give a larger limit, or more "
-                "calibration data"
+                f"calibration data{more}"
             )
         if any(tried.held_out is not None for tried in self.found.tried):
             return f"nothing that keeps {limit} on the calibration data keeps it on those held out; give more of them"

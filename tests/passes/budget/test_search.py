@@ -16,7 +16,7 @@ from regraft.passes.budget.errors import BudgetError
 from regraft.passes.budget.neighbours import schedule_of
 from regraft.passes.budget.search import search
 from regraft.passes.budget.token_sites import TokenSites
-from regraft.passes.budget.trials import Array
+from regraft.passes.budget.trials import Array, Clock
 
 SITES = TokenSites(32, 0, {"tome": (True,) * 4, "pitome": (True,) * 4}, (0, 2, 4, 8, 16), "model.py:1 in forward")
 
@@ -250,6 +250,19 @@ def test_errors_that_a_metric_of_ones_own_counts_are_bounded_as_errors_are() -> 
 def test_a_search_that_had_no_time_says_so() -> None:
     found = search(Arithmetic(), Budget("kl", 1e-9, seconds=1e-9), [], SITES)
     assert not found.tried and found.why.startswith("the 1e-09 seconds were over before a rewrite was tried")
+
+
+def test_a_search_that_had_little_time_asks_for_more() -> None:
+    whole, model = Arithmetic(), Arithmetic()
+    first = whole.seen.index(search(whole, Budget("kl", 1e-9), [], SITES).tried[0].name)
+
+    class Running(Clock):
+        @property
+        def spent(self) -> float:
+            return float(len(model.seen) > first)
+
+    found = search(model, Budget("kl", 1e-9, seconds=1), [], SITES, Running(1.0, 0.0))
+    assert found.tried and found.why.endswith("or more calibration data, or more than 1 seconds, which were over")
 
 
 def test_of_models_that_are_alike_in_time_the_one_that_loses_least_is_taken() -> None:
