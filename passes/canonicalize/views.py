@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any, cast
 
 import torch
@@ -135,7 +136,8 @@ def narrow_is_slice(node: fx.Node, build: Builder) -> fx.Node | None:
     if not (isinstance(start, int) and isinstance(length, int)):
         return None
     x = given["self"]
-    return build.call(aten.slice.Tensor, x, _negative(given["dim"], x), start, start + length)
+    end = start + length or sys.maxsize if start < 0 else start + length
+    return build.call(aten.slice.Tensor, x, _negative(given["dim"], x), start, end)
 
 
 @identity(aten.slice.Tensor)
@@ -227,11 +229,11 @@ def slice_of_slice(node: fx.Node, build: Builder) -> fx.Node | None:
         return None
     if len(node.args) != 4 or len(x.args) != 4 or node.args[1] != x.args[1]:
         return None
-    bounds = (*node.args[2:], *x.args[2:])
-    if not all(isinstance(bound, int) for bound in bounds):
+    bounds: list[Any] = [*node.args[2:], *x.args[2:]]
+    if not all(map(_from_start, bounds)):
         return None
-    start, end, base, _ = bounds
-    return build.call(aten.slice.Tensor, x.args[0], node.args[1], base + start, base + end)  # type: ignore[operator]
+    start, end, base, limit = bounds
+    return build.call(aten.slice.Tensor, x.args[0], node.args[1], base + start, min(base + end, limit))
 
 
 @identity(aten.slice.Tensor)
@@ -295,11 +297,17 @@ def embedding_of_repeated_rows(node: fx.Node, build: Builder) -> fx.Node | None:
 
 
 def _cut(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
-    """What a slice at numbers cuts, along which dim, from where to where."""
+    """What a slice at numbers that count from the start cuts, along which dim, from where to where."""
     if node.target is not aten.slice.Tensor or len(node.args) != 4 or not isinstance(node.args[0], fx.Node):
         return None
-    x, *numbers = node.args
-    return (x, *numbers) if all(isinstance(number, int) for number in numbers) else None  # type: ignore[return-value]
+    x, dim, *bounds = node.args
+    return (x, dim, *bounds) if all(map(_from_start, bounds)) else None  # type: ignore[return-value]
+
+
+def _from_start(bound: Any) -> bool:
+    """Whether a bound of a slice is a number that counts from the start; along a symbolic size one may count from the
+    end."""
+    return isinstance(bound, int) and bound >= 0
 
 
 SPELLINGS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -52,6 +53,7 @@ PARTS: list[Case] = [
     ("split in sizes", lambda x: x.split([1, 5], 1)[1], "slice.Tensor(x0, -2, 1, 6)"),
     ("tensor_split", lambda x: x.tensor_split(2, -1)[1], "slice.Tensor(x0, -1, 2, 4)"),
     ("narrow", lambda x: x.narrow(1, 2, 3), "slice.Tensor(x0, -2, 2, 5)"),
+    ("narrow from the end", lambda x: x.narrow(1, -3, 3), "slice.Tensor(x0, -2, 3, 6)"),
     ("index", lambda x: x[:, 1:3], "slice.Tensor(x0, -2, 1, 3)"),
     ("index from the end", lambda x: x[..., -3:-1], "slice.Tensor(x0, -1, 1, 3)"),
     ("index beyond the end", lambda x: x[..., 1:99], "slice.Tensor(x0, -1, 1, 4)"),
@@ -99,6 +101,25 @@ BATCH = (({0: torch.export.Dim("batch", min=2, max=64)},),)
 )
 def test_symbolic_sizes_survive(function: Callable[[Tensor], object], expected: str) -> None:
     assert canonical(function, X, dynamic=BATCH) == expected
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: x[2:][1:3].sin(), "slice.Tensor(x0, -3, 3, 5); sin(0)"),
+        (lambda x: x[1:5][1:].sin(), "slice.Tensor(x0, -3, 2, 5); sin(0)"),
+        (lambda x: x[:-1][-2:].sin(), "slice.Tensor(x0, -3, 0, -1); slice.Tensor(0, -3, -2, end); sin(1)"),
+        (
+            lambda x: torch.cat((x[:2], x))[:-1].sin(),
+            "slice.Tensor(x0, -3, 0, 2); cat([0, x0], -3); slice.Tensor(1, -3, 0, -1); sin(2)",
+        ),
+    ],
+)
+def test_slices_of_symbolic_sizes_are_joined_where_they_count_from_the_start(
+    function: Callable[[Tensor], object], expected: str
+) -> None:
+    many = (({0: torch.export.Dim("batch", min=8, max=64)},),)
+    assert canonical(function, numbers(9, 6, 4), dynamic=many).replace(str(sys.maxsize), "end") == expected
 
 
 INDEX = torch.tensor([[0, 3, 5], [1, 1, 2]])
