@@ -54,9 +54,9 @@ def number_second(node: fx.Node, build: Builder) -> fx.Node | None:
 
 @identity(aten.mul.Tensor)
 def square_of_product(node: fx.Node, build: Builder) -> fx.Node | None:
-    """x * x is x ** 2."""
+    """x * x is x ** 2; of truth values it would be a number."""
     left, right = node.args
-    return build.call(aten.pow.Tensor_Scalar, left, 2) if left is right else None
+    return build.call(aten.pow.Tensor_Scalar, left, 2) if left is right and dtype(node) != torch.bool else None
 
 
 @identity(aten.square.default)
@@ -127,7 +127,14 @@ def masked_fill_is_where(node: fx.Node, build: Builder) -> fx.Node | None:
         number = constant
     if not isinstance(number, (int, float)) or not sizes_equal(shape(node), shape(x)):  # type: ignore[arg-type]
         return None
-    return build.call(aten.where.ScalarSelf, mask, float(number) if dtype(node).is_floating_point else number, x)
+    return build.call(aten.where.ScalarSelf, mask, _of_type(number, dtype(node)), x)
+
+
+def _of_type(number: float | int, kind: torch.dtype) -> float | int | bool:
+    """The number as what a tensor of ``kind`` holds, so that it does not widen the tensor's type."""
+    if kind == torch.bool:
+        return bool(number)
+    return float(number) if kind.is_floating_point else int(number)
 
 
 def _constant_number(node: fx.Node) -> float | int | None:

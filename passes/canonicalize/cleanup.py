@@ -79,4 +79,5 @@ def _frozen(value: Any) -> Any:
         return (type(value).__name__, *map(_frozen, value))
     if isinstance(value, dict):
         return tuple((name, _frozen(value[name])) for name in sorted(value))
-    return (type(value), value)  # 1, 1.0 and True are different arguments
+    exact = repr(value) if isinstance(value, (float, complex)) else value  # 0.0 == -0.0, which divide differently
+    return (type(value), exact)  # 1, 1.0 and True are different arguments

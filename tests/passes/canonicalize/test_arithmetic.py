@@ -37,6 +37,7 @@ MASK = X > 0
         (lambda x: (x - 0).sin(), "sin(x0)"),
         (lambda x: (x * 1.0).sin(), "sin(x0)"),
         (lambda x: (x / 1).sin(), "sin(x0)"),
+        (lambda x: (x / 0.0, x / -0.0), "div.Tensor(x0, 0.0); div.Tensor(x0, -0.0)"),  # no call for both
     ],
 )
 def test_spelling(function: Callable[[Tensor], object], expected: str) -> None:
@@ -72,6 +73,10 @@ def test_constant_tensor_that_decides_the_type_stays() -> None:
     assert "full" in canonical(lambda x: x * torch.full([], 0.5), torch.arange(3))
 
 
+def test_a_square_of_truth_values_is_no_power() -> None:
+    assert canonical(lambda m: m.logical_not() * m.logical_not(), MASK) == "logical_not(x0); mul.Tensor(0, 0)"
+
+
 def test_one_that_changes_the_type_stays() -> None:
     assert canonical(lambda x: x * 1.0, torch.arange(3)) == "mul.Tensor(x0, 1.0)"
     assert canonical(lambda x: x / 1, torch.arange(3)) == "div.Tensor(x0, 1)"
@@ -95,9 +100,11 @@ def test_masks(function: Callable[..., object], expected: str) -> None:
     assert canonical(function, X, MASK) == expected
 
 
-def test_masked_fill_of_integers_keeps_its_type() -> None:
+def test_masked_fill_keeps_the_type_of_integers_and_of_truth_values() -> None:
     ids = torch.arange(6).reshape(2, 3)
     assert canonical(lambda x, m: x.masked_fill(m, 7), ids, ids > 3) == "where.ScalarSelf(x1, 7, x0)"
+    assert canonical(lambda x, m: x.masked_fill(m, 7.0), ids, ids > 3) == "where.ScalarSelf(x1, 7, x0)"
+    assert canonical(lambda x, m: x.masked_fill(m, 0), ids > 1, ids > 3) == "where.ScalarSelf(x1, False, x0)"
 
 
 @pytest.mark.parametrize(
