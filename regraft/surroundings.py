@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from regraft.errors import InputError
 
@@ -22,14 +23,16 @@ def obstacle(device: str, default: torch.dtype | None, modes: bool) -> str:
 def _observer(modes: bool) -> str:
     """What follows the operators of this call one by one, in words: native kernels write memory that only they see.
 
-    Compiled code would be a gap to it: a trace of ``torch.jit`` holds tensors that nobody writes, and the tensors of
-    ``torch.func`` and of dispatch modes have no memory to hand to a kernel. Most modes only look on: without ``modes``
-    they do not count.
+    Compiled code would be a gap to it: a trace of ``torch.jit`` holds tensors that nobody writes, the tensors of
+    ``torch.func`` and of dispatch modes have no memory to hand to a kernel, and tangents would end in it. Most modes
+    only look on: without ``modes`` they do not count.
     """
     if torch._C._get_tracing_state() is not None:
         return "torch.jit records this call"
     if torch._C._functorch.maybe_current_level() is not None:
         return "a transform of torch.func is at work"
+    if forward_ad._current_level >= 0:
+        return "a level of forward-mode differentiation is open"
     if modes and torch._C._len_torch_dispatch_stack():
         return "a dispatch mode is active"
     return ""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import regraft
@@ -30,6 +31,15 @@ def test_transforms_of_functions_run_the_original() -> None:
     assert torch.allclose(torch.vmap(fast)(x), model(x), atol=1e-6)
     assert torch.func.jvp(fast, (x[0],), (x[0],))[1].shape == (3, 8)
     assert [event.kind for event in fast.report.events] == ["fallback"] and len(fast.entries) == 1
+
+
+def test_tangents_are_those_of_the_model() -> None:
+    model, x = _model(), torch.randn(3, 8)
+    fast = regraft.compile(model, (x,))
+    with forward_ad.dual_level():
+        tangents = [forward_ad.unpack_dual(run(forward_ad.make_dual(x, x + 1))).tangent for run in (fast, model)]
+    torch.testing.assert_close(*tangents)
+    assert [event.kind for event in fast.report.events] == ["fallback"]
 
 
 def test_a_mode_that_counts_operators_sees_them_where_there_is_an_original(tmp_path: Path) -> None:
