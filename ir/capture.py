@@ -175,6 +175,11 @@ def _export(
         exported, notes = _export_once(model, args, kwargs, shapes)
     finally:
         state.restore()
+    if notes.inputs_changed:
+        raise CaptureError(
+            f"{type(model).__name__}.forward changes a list, a dict or another container that it is given, which "
+            "compiled code does not; let it change a copy, and return what the caller is to have"
+        )
     if not notes.changed:
         return exported, notes
     _LOG.debug("forward sets %s", ", ".join(notes.changed))
@@ -318,7 +323,7 @@ def _refuse_training(graph: fx.Graph) -> None:
         where = user_line(node)
         given = arguments(node)
         without_statistics = node.target is _ATEN.batch_norm.default and given.get("running_mean") is None
-        if given.get(argument) and not without_statistics:
+        if given.get(argument) and not without_statistics and given.get("p") != 0:
             raise CaptureError(
                 f"{node.target} works in training mode{' at ' + where if where else ''}, and regraft compiles for "
                 "inference; call model.eval() first"

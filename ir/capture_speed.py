@@ -31,7 +31,7 @@ from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
-from regraft.ir.capture_state import LAYOUT_QUERIES, ModelState, Notes, replaced_forward
+from regraft.ir.capture_state import LAYOUT_QUERIES, Held, ModelState, Notes, replaced_forward
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 _SET_GRAD = torch._C._set_grad_enabled
@@ -103,9 +103,11 @@ def _watched_forward(model: nn.Module, notes: Notes, hint: Hint) -> Iterator[Non
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        held = Held((args, kwargs))
         with hint(), _InferenceMode(forward.__code__, notes):  # type: ignore[attr-defined]
             result = original(*args, **kwargs)
         notes.changed += state.changes()  # here, because export puts attributes back
+        notes.inputs_changed |= held.changed()
         return result
 
     with replaced_forward(model, forward), fx_traceback.preserve_node_meta():

@@ -7,12 +7,14 @@ and a size that it notes would be left behind as a symbol.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_flatten
 
 from regraft.ir.capture_error import CaptureError
 
@@ -24,10 +26,12 @@ _OWN = frozenset(nn.Module().__dict__)  # what every module has: parameters, buf
 @dataclass
 class Notes:
     """What one run of ``forward`` under export did beside computing: ``layout_read`` says that it asked for strides or
-    contiguity, ``changed`` names the attributes that it set to something new."""
+    contiguity, ``changed`` names the attributes that it set to something new, ``inputs_changed`` says that a list, a
+    dict or another container among the inputs holds something else than before."""
 
     layout_read: bool = False
     changed: list[str] = field(default_factory=list)
+    inputs_changed: bool = False
 
 
 class ModelState:
@@ -55,6 +59,20 @@ class ModelState:
                 held[key] = value
                 if items is not None and not _equal(value, items):
                     _refill(value, items)
+
+
+class Held:
+    """What a call's inputs hold: containers, and tensors and scalars by identity."""
+
+    def __init__(self, inputs: Any) -> None:
+        self._inputs = inputs
+        self._leaves, self._structure = tree_flatten(inputs)
+
+    def changed(self) -> bool:
+        """Whether a container among the inputs holds something else now."""
+        leaves, structure = tree_flatten(self._inputs)
+        same = structure == self._structure and all(map(operator.is_, leaves, self._leaves))
+        return not same
 
 
 @contextlib.contextmanager

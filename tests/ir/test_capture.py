@@ -234,6 +234,14 @@ def test_a_dropout_that_drops_is_refused() -> None:
     assert "training mode" in message and "model.eval()" in message
 
 
+def test_a_dropout_that_drops_nothing_is_none() -> None:
+    class Drops(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.0) + 1  # in training mode by default
+
+    assert torch.equal(capture(Drops().eval(), (torch.ones(2),)).callable()(torch.ones(2))[0], torch.full((2,), 2.0))
+
+
 def test_batch_statistics_in_training_mode_are_refused() -> None:
     assert "training mode" in refusal(nn.BatchNorm1d(2).train(), (torch.randn(3, 2),))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,6 +54,19 @@ class Notes(nn.Module):
 def test_a_forward_that_counts_is_refused(model: nn.Module, name: str) -> None:
     with pytest.raises(CaptureError, match=rf"changes the attribute {name} at each call.*make it a buffer"):
         capture(model.eval(), (X,))
+
+
+@pytest.mark.parametrize("change", [lambda held, x: held.append(x), lambda held, x: held[0].update(x=x)])
+def test_a_forward_that_changes_what_it_is_given_is_refused(change: Callable[[Any, Tensor], None]) -> None:
+    """Compiled code would leave the caller's list and dict as they are."""
+
+    class Changes(nn.Module):
+        def forward(self, x: Tensor, held: list[Any]) -> Tensor:
+            change(held, x + 1)
+            return x * 2
+
+    with pytest.raises(CaptureError, match=r"changes a list, a dict or another container .* let it change a copy"):
+        capture(Changes().eval(), (X, [{"x": X}]))
 
 
 def test_a_forward_that_settles_is_captured_where_it_stays() -> None:
