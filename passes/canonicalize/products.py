@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,7 +176,8 @@ class LinearBias(Rule):
 
 
 class LinearKeepsShape(Rule):
-    """reshape(linear(reshape(x, [-1, k])), [..., n]) is linear(x): leading dims pass through a linear layer."""
+    """reshape(linear(reshape(x, [-1, k])), [..., n]) is linear(x): leading dims pass through a linear layer. Where the
+    first reshape joins heads too, it does that alone."""
 
     exactness = Exactness.REASSOCIATED
     quiet = True
@@ -185,14 +187,20 @@ class LinearKeepsShape(Rule):
         return reshape(flat, any_argument())
 
     def check(self, match: Match) -> Iterator[Requirement]:
-        leading = sizes_equal(shape(match.root)[:-1], shape(match.x)[:-1])
+        rows = rank(match.root) - 1
+        leading = sizes_equal(shape(match.root)[:-1], shape(match.x)[:rows])
         features = size_equal(shape(match.root)[-1], shape(match.product)[-1])
         yield need(leading and features, "the reshapes do more than flatten the leading dims")
-        yield need(size_equal(shape(match.x)[-1], shape(match.weight)[-1]), "the features are reshaped too")
+        joined = math.prod(shape(match.x)[rows:])
+        yield need(size_equal(joined, shape(match.weight)[-1]), "the features are reshaped too")
 
     def replace(self, match: Match, build: Builder) -> Replacement:
+        x = match.x
+        if rank(x) != rank(match.root):
+            leading = [build.size(x, dim) for dim in range(rank(match.root) - 1)]
+            x = build.call(aten.reshape.default, x, [*leading, shape(match.weight)[-1]])
         bias = [match.bias] if is_tensor(match.bias) else []
-        return build.call(aten.linear.default, match.x, match.weight, *bias)
+        return build.call(aten.linear.default, x, match.weight, *bias)
 
 
 SPELLINGS = (

@@ -145,6 +145,18 @@ def test_conv1d_is_linear_and_keeps_the_shape_of_its_input() -> None:
     assert text in ("linear(x0, w0, w1)", "linear(x0, w1, w0)") and sorted(weights) == ["bias", "weight.T"]  # type: ignore[type-var]
 
 
+def test_heads_are_joined_in_front_of_a_layer_and_leading_dims_stay() -> None:
+    """As PyTorch's own multi-head attention ends."""
+
+    def joined(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 2)).transpose(1, 2)
+        return (heads.reshape(4, 6) @ weight.T).view(2, 2, 5)
+
+    assert linear_form(joined, (5, 6))[0] == (
+        "reshape(x0, [2, 3, 2, 2]); permute(0, [0, 2, 1, 3]); reshape(1, [2, 2, 6]); linear(2, w0)"
+    )
+
+
 def test_bias_of_a_product_that_is_read_twice_stays_apart() -> None:
     def both(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         product = x @ w.T
