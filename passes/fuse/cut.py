@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,6 +13,8 @@ from torch import fx
 from regraft.ir.nodes import Builder, arguments, is_call, rank, shape, size_equal
 
 aten = torch.ops.aten
+
+_NEARLY_ALL = 15 / 16  # of the rows: what is computed for the others is no loss beside the copy of a slice
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,30 @@ class Cut:
     start: int
     length: int
 
+    @property
+    def end(self) -> int:
+        """The place behind the last of these rows; 0 where that is the end itself."""
+        return self.start + self.length
+
     def of(self, node: fx.Node, build: Builder, dim: int | None = None) -> fx.Node:
         """These rows of ``node``, along ``dim`` where that is not the cut's own."""
-        end = self.start + self.length
         place = (self.dim if dim is None else dim) % rank(node)
         # In canonical form dims count from the end; written alike, equal cuts are merged.
-        return build.call(aten.slice.Tensor, node, place - rank(node), self.start, end if end else sys.maxsize)
+        return build.call(aten.slice.Tensor, node, place - rank(node), self.start, self.end or sys.maxsize)
+
+
+def cut_around(cuts: Sequence[Cut]) -> Cut | None:
+    """The rows from the first to the last that any of ``cuts`` reads; None where they are of different dims, or count
+    from different ends."""
+    if len({(cut.dim, cut.start < 0) for cut in cuts}) != 1:
+        return None
+    start = min(cut.start for cut in cuts)
+    return Cut(cuts[0].dim, start, max(cut.end for cut in cuts) - start)
+
+
+def is_nearly_all(kept: Any, rows: Any) -> bool:
+    """Whether ``kept`` of ``rows`` leaves few out; False where one of them is symbolic."""
+    return isinstance(kept, int) and isinstance(rows, int) and _NEARLY_ALL * rows <= kept
 
 
 def cut_of(node: fx.Node) -> Cut | None:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import fx
 
 from regraft.ir.exactness import Exactness
-from regraft.ir.nodes import Builder, arguments, rank
+from regraft.ir.nodes import Builder, arguments, rank, shape, size_equal
 from regraft.ir.pattern import Call, operator
 from regraft.ir.rule import Example, Match, Replacement, Requirement, Rule, need
 from regraft.ir.weights import WeightOp
-from regraft.passes.fuse.cut import cut_of
+from regraft.passes.fuse.cut import Cut, cut_around, cut_of, is_nearly_all
 from regraft.passes.fuse.rows import rows_of
 
 aten = torch.ops.aten
@@ -64,9 +65,18 @@ class _ClassToken(torch.nn.Module):
         return x[:, 0]
 
 
+def _read_of(rows: fx.Node, reader: fx.Node, cut: Cut, around: Cut, build: Builder) -> fx.Node:
+    """What ``reader`` reads, of the rows ``around`` alone."""
+    start = cut.start - around.start
+    if reader.target is aten.select.int:
+        return build.call(aten.select.int, rows, cut.dim - rank(rows), start)
+    return rows if cut == around else Cut(cut.dim, start, cut.length).of(rows, build)
+
+
 class DropUnreadRows(Rule):
     """f(x)[:, a:b] is f(x[:, a:b]), where f makes each row of the same row of x: a linear layer, a norm, a sum, the
-    queries of attention… Of a model's last layer little is left where only one token is read."""
+    queries of attention… Of a model's last layer little is left where only one token is read. Where several cuts are
+    read, the rows around them all are computed."""
 
     exactness = Exactness.REASSOCIATED
     quiet = True
@@ -76,14 +86,23 @@ class DropUnreadRows(Rule):
 
     def check(self, match: Match) -> Iterator[Requirement]:
         yield need(cut_of(match.root) is not None, "all rows are read, or rows that are known at run time only")
-        yield need(len(match.source.users) == 1, "the other rows are read too", at=match.source)
+        cuts = {user: cut_of(user) for user in match.source.users}
+        read = [cut for cut in cuts.values() if cut is not None]
+        around = cut_around(read) if len(read) == len(cuts) else None
+        size = None if around is None else shape(match.source)[around.dim]
+        others = around is None or size_equal(size, around.length)
+        yield need(not others, "the other rows are read too", at=match.source)
+        nearly = around is not None and is_nearly_all(around.length, size)
+        yield need(not nearly, "nearly all rows are read", at=match.source)
+        match.facts["read"] = cuts, around
 
     def replace(self, match: Match, build: Builder) -> Replacement:
-        rows = cut_of(match.root)
-        made = None if rows is None else rows_of(match.source, rows, build)
-        if made is None or rows is None or match.root.target is aten.slice.Tensor:
-            return made
-        return build.call(aten.select.int, made, rows.dim - rank(made), 0)
+        cuts, around = match.facts["read"]
+        build.before = min(cuts)
+        made = rows_of(match.source, around, build)
+        if made is None:
+            return None
+        return {reader: _read_of(made, reader, cut, around, build) for reader, cut in cuts.items()}
 
     examples = (
         Example("the last token of a head", lambda: (_LastToken(), (torch.randn(2, 3, 8),))),

@@ -12,10 +12,9 @@ from regraft.ir.exactness import Exactness
 from regraft.ir.nodes import Builder, arguments, is_call, shape
 from regraft.ir.pattern import anything, linear, operator
 from regraft.ir.rule import Example, Match, Replacement, Requirement, Rule, need
+from regraft.passes.fuse.cut import is_nearly_all
 
 aten = torch.ops.aten
-
-_NEARLY_ALL = 15 / 16  # of the rows: what is computed for the others is no loss beside the copy of a slice
 
 
 class LinearOfAllRows(Rule):
@@ -59,8 +58,7 @@ def _keeps_nearly_all(node: Any) -> bool:
     """Whether a node is a slice along any dim but the features, of numbers of rows that are known, nearly all."""
     if not is_call(node, (aten.slice.Tensor,)) or len(node.args) != 4 or node.args[1] == -1:
         return False
-    kept, all_rows = shape(node)[node.args[1]], shape(node.args[0])[node.args[1]]
-    return isinstance(kept, int) and isinstance(all_rows, int) and _NEARLY_ALL * all_rows <= kept
+    return is_nearly_all(shape(node)[node.args[1]], shape(node.args[0])[node.args[1]])
 
 
 def _layers_of(x: fx.Node) -> list[fx.Node]:

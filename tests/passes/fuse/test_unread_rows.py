@@ -130,6 +130,43 @@ def test_a_block_computes_the_tokens_that_are_read(read: Callable[[Tensor], Tens
     torch.testing.assert_close(run(program, (x,)), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("read", "left"),
+    [
+        (lambda h: (h[:, 0], h[:, 1]), 2),
+        (lambda h: (h[:, 2], h[:, 2:3], h[:, 4:6]), 4),
+        (lambda h: torch.cat((h[:, -1], h[:, -3]), -1), 3),
+        (lambda h: (h[:, 0], h[:, -1]), LENGTH),
+        (lambda h: (h[:, 0], h[1:]), LENGTH),
+    ],
+)
+def test_of_several_cuts_the_rows_around_them_are_computed(read: Callable[[Tensor], Any], left: int) -> None:
+    model, x = Encoder(read).eval().requires_grad_(False), numbers(2, LENGTH, 16)
+    program = captured(model, (x,))
+    default_pipeline().run(program, Session())
+    assert queries(program) == [LENGTH, left]
+    torch.testing.assert_close(run(program, (x,)), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_layer_of_torch_s_own_computes_the_tokens_that_are_read(norm_first: bool) -> None:
+    """Its output layer reads all tokens of all samples in one dim."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first)
+    encoder, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), numbers(3, LENGTH, 16)
+    program = captured(lambda x: encoder(x)[:, 0], (x,))
+    default_pipeline().run(program, Session())
+    assert queries(program) == [LENGTH, 1]
+    torch.testing.assert_close(run(program, (x,)), encoder(x)[:, 0].detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_copied_for_no_calls_that_leave_few_out() -> None:
+    x = numbers(2, 32, 16)
+    program = captured(Encoder(lambda h: h[:, 1:]), (x,))
+    default_pipeline().run(program, Session())
+    assert queries(program) == [32, 32]
+
+
 def test_a_block_of_which_all_tokens_are_read_keeps_them() -> None:
     program = captured(Encoder(lambda h: (h[:, 0], h.mean(1))), (numbers(2, LENGTH, 16),))
     default_pipeline().run(program, Session())
