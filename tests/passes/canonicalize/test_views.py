@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from regraft.ir.capture import capture
+from regraft.ir.driver import Session
+from regraft.passes.canonicalize.pipeline import canonicalize
 from tests.ir.graphs import numbers
 from tests.passes.canonicalize.support import canonical
+from tests.support import AsModule, run
 
 X = numbers(2, 6, 4)
 
@@ -120,6 +124,14 @@ def test_slices_of_symbolic_sizes_are_joined_where_they_count_from_the_start(
 ) -> None:
     many = (({0: torch.export.Dim("batch", min=8, max=64)},),)
     assert canonical(function, numbers(9, 6, 4), dynamic=many).replace(str(sys.maxsize), "end") == expected
+
+
+def test_slices_that_count_from_the_end_of_symbolic_sizes_are_right_though_nothing_verifies_them() -> None:
+    x = numbers(9, 6, 4)
+    many = (({0: torch.export.Dim("batch", min=8, max=64)},),)
+    program = capture(AsModule(lambda x: x[:-1][-2:]), (x,), dynamic=many)
+    canonicalize(program, Session(verify="off"))
+    torch.testing.assert_close(run(program, (x,)), x[-3:-1], rtol=0, atol=0)
 
 
 INDEX = torch.tensor([[0, 3, 5], [1, 1, 2]])
