@@ -2,7 +2,8 @@
 
 Rewrites drop copies (``x.clone()`` becomes ``x``) and merge equal values, which changes no number but what a write of
 the caller reaches: the compiled code's own constants, an input, another output. Where the rewritten graph shares more
-than the captured one, a copy is put in front of the output.
+than the captured one, a copy is put in front of the output. So it is where an output that was contiguous is a part of
+a wider tensor now, as of merged linear layers: a caller may ask for views that only the former has.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 
-from regraft.ir.nodes import Builder, is_tensor, is_view
+from regraft.ir.nodes import Builder, is_tensor, is_view, size_equal
 from regraft.ir.program import Program
 
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
@@ -47,10 +48,12 @@ def separate_outputs(program: Program, before: Program) -> int:
                 or (root[0] in users and _name(earlier[position]) != _name(root))
                 or (first != position and earlier[position] != earlier[first])
                 or (_overlaps(value) and not _overlaps(captured[position]))
+                or (_is_contiguous(captured[position]) and not _is_contiguous(value))
             )
         if needed:
             build = Builder(program.graph, program.output_node, program.fake_mode)
-            copies[position] = build.call(torch.ops.aten.clone.default, value)
+            layout = {"memory_format": torch.contiguous_format} if _is_contiguous(captured[position]) else {}
+            copies[position] = build.call(torch.ops.aten.clone.default, value, **layout)
     _put(program, results, copies)
     return len(copies)
 
@@ -94,6 +97,21 @@ def _overlaps(node: Any) -> bool:
     """Whether elements of a value share memory (it is expanded), so that nobody can write to it."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return isinstance(value, torch.Tensor) and any(isinstance(step, int) and step == 0 for step in value.stride())
+
+
+def _is_contiguous(node: Any) -> bool:
+    """Whether rows of a value follow each other without a gap, as far as symbolic sizes tell."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, torch.Tensor):
+        return False
+    expected: Any = 1
+    for size, step in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if size_equal(size, 1):
+            continue
+        if not size_equal(step, expected):
+            return False
+        expected = expected * size
+    return True
 
 
 def _is_fixed(root: Any, users: set[fx.Node]) -> bool:

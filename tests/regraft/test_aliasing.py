@@ -111,3 +111,26 @@ def test_inputs_that_are_written_and_overlap_run_the_original() -> None:
     same = X.clone()
     assert torch.equal(fast(same, same), 2 * (X + 1)) and torch.equal(same, X + 1)
     assert ["shares memory" in event.reason for event in fast.report.events] == [True]
+
+
+class Heads(nn.Module):
+    """Two layers that are merged into one, whose parts are returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 4), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.first(x), self.second(x), self.second(x).transpose(0, 1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_output_that_is_contiguous_stays_it(dynamic: bool) -> None:
+    model = Heads().eval()
+    fast = regraft.compile(model, (X,), dynamic=dynamic)
+    with torch.no_grad():
+        outputs, wanted = fast(X), model(X)
+    assert [output.is_contiguous() for output in outputs] == [value.is_contiguous() for value in wanted]
+    for output, value in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(output, value)
+    assert outputs[0].view(-1).shape == (16,)
