@@ -36,7 +36,7 @@ from regraft.rehearsal import Rehearsal
 from regraft.report.budget import BudgetPoint, BudgetReport, Decision
 from regraft.solvers.schedule.points import front
 
-__all__ = ["Budget", "BudgetError", "Spending", "spend", "unspent"]
+__all__ = ["Budget", "BudgetError", "Spending", "spend"]
 
 #: The family of token schedules.
 TOKENS = "tokens"
@@ -50,6 +50,10 @@ class Spending:
 
     budget: Budget
     calls: tuple[Call, ...]
+
+    def unspent(self, reason: str) -> BudgetReport:
+        """What is told where there is nothing to spend the budget on: the model is not compiled."""
+        return _report(self.budget, refused=f"the model is not compiled ({reason})")
 
 
 def spend(spending: Spending, exact: Build, model: nn.Module, target: str, verify: str) -> tuple[Build, BudgetReport]:
@@ -169,11 +173,6 @@ def _finished(exact: Build, chosen: Tried, target: str, verify: str) -> Build:
     lossy: tuple[Pass, ...] = rewrites(chosen.composition)
     toolchain = Toolchain(pipeline=lambda name: default_pipeline(name, tokens=lossy))
     return build(exact.before.copy(), target, verify, toolchain, None)
-
-
-def unspent(budget: Budget, reason: str) -> BudgetReport:
-    """What is told of a budget that there was nothing to spend on: the model is not compiled."""
-    return _report(budget, refused=f"the model is not compiled ({reason})")
 
 
 def _report(budget: Budget, **given: Any) -> BudgetReport:

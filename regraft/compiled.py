@@ -349,9 +349,7 @@ class CompiledModule(StandIn):
         self._refused[key] = reason
         self._watch_weights()  # a model that changes gets another chance
         if self._options.spending is not None and self._report.budget is None:
-            from regraft.budget import unspent
-
-            self._report.budget = unspent(self._options.spending.budget, reason)
+            self._report.budget = self._options.spending.unspent(reason)
         if tell:
             self._event("fallback", reason)
         return reason
