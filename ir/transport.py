@@ -9,6 +9,7 @@ from __future__ import annotations
 from inspect import isfunction
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch import Tensor
 
 from regraft.ir.errors import RegraftError
@@ -29,10 +30,8 @@ def _let_groups_end() -> None:
 
     ``torch.distributed.nn.functional``, which ``torch._dynamo`` loads, takes the default group of that moment as the
     default argument of its functions. Loaded behind ``init_process_group`` it holds that group as long as the process
-    lives: its threads still run when the process ends, and now and then abort it.
+    lives, and its threads still run when the process ends.
     """
-    import torch.distributed as dist
-
     if not dist.is_available():
         return
     from torch.distributed.nn import functional
@@ -46,8 +45,6 @@ def _let_groups_end() -> None:
 def group_of(name: str, ranks: int, rank: int) -> ProcessGroup:
     """The group called ``name``. Raises ``GroupError`` where it is missing, not of ``ranks`` processes, or this process
     is not its ``rank``."""
-    import torch.distributed as dist  # loaded only by what is sharded
-
     how = f"run it as rank {rank} under torchrun --nproc-per-node {ranks}"
     what = f"this code is rank {rank} of a model that is sharded over {ranks} ranks"
     if not dist.is_available() or not dist.is_initialized():

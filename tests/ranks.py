@@ -19,9 +19,3 @@ def torchrun(ranks: int, *command: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*launch, *command], env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False
     )
-
-
-def words_of_ranks(done: subprocess.CompletedProcess[str]) -> str:
-    """What the ranks wrote to their errors: torchrun's own report stands behind it, and is long."""
-    own, _, _ = done.stderr.partition("torch/distributed/elastic/")
-    return own or done.stderr

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CODE = """
-import os, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 from pathlib import Path
 
 def threads():
@@ -20,7 +20,7 @@ dist.all_reduce(torch.ones(2))
 {behind}
 from regraft.api import compile
 compile(torch.nn.Linear(2, 2).eval(), (torch.ones(3, 2),))
-assert "torch._dynamo" in __import__("sys").modules and threads()
+assert "torch._dynamo" in sys.modules and threads()
 dist.destroy_process_group()
 assert not threads()
 """
