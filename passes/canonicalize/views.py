@@ -136,7 +136,9 @@ def narrow_is_slice(node: fx.Node, build: Builder) -> fx.Node | None:
     if not (isinstance(start, int) and isinstance(length, int)):
         return None
     x = given["self"]
-    end = start + length or sys.maxsize if start < 0 else start + length
+    end = start + length
+    if start < 0 and end == 0:  # counted from the end, 0 would be the first place
+        end = sys.maxsize
     return build.call(aten.slice.Tensor, x, _negative(given["dim"], x), start, end)
 
 

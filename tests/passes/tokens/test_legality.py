@@ -222,14 +222,16 @@ def test_windows_are_refused_with_the_users_line() -> None:
     assert "modeling_swin.py" in session.log.refusals[0].user_line
 
 
+class OneBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(False, False)
+
+
 def test_windows_of_one_sample_are_told_from_its_tokens() -> None:
     """What windows of one sample hold lies in one dim where they come together, as its tokens would."""
 
-    class Windowed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Block(False, False)
-
+    class Windowed(OneBlock):
         def forward(self, x: Tensor) -> Tensor:
             x = x + self.block.attend(x.reshape(3, 4, WIDTH)).reshape(1, 12, WIDTH)
             return self.block.up(x).mean(1)  # type: ignore[no-any-return]
@@ -364,11 +366,7 @@ def test_one_sample_is_walked_as_two_are(batch: int) -> None:
 
 
 def test_nothing_is_taken_where_nothing_is_saved() -> None:
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Block(False, False)
-
+    class Last(OneBlock):
         def forward(self, x: Tensor) -> Tensor:
             return x + self.block.attend(x)
 
