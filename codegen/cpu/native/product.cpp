@@ -2,6 +2,7 @@
 #include "product.h"
 
 constexpr int64_t EARLY = 32;         // rows ahead that are prefetched
+constexpr int LINE = 16;              // numbers of a cache line
 constexpr int64_t DEPTH_BLOCK = 512;  // rows of a panel that stay in the second cache
 
 // Loops over registers: unrolled, or the registers would be an array in memory.
@@ -15,7 +16,7 @@ struct Later {
 
 // out[R, vectors * LANES] = (add ? out : bias or 0) + a[R, depth] @ b[depth, ...]; rows of each are a stride apart. The
 // rows of b that come next are asked for early: a weight comes from memory, where the processor's own guess is late.
-template <int R, int V>
+template <int R, int V, bool ASKS>
 INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, float *out,
                  int64_t out_stride, bool add, const float *bias, Later later) {
     vec total[R][V];
@@ -26,9 +27,9 @@ INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_str
         vec row[V];
         EACH(v, V) {
             row[v] = load(b + d * b_stride + v * LANES);
-            __builtin_prefetch(b + (d + EARLY) * b_stride + v * LANES);
+            if (v * LANES % LINE == 0) __builtin_prefetch(b + (d + EARLY) * b_stride + v * LANES);
         }
-        for (int64_t l = 0; l < later.each; l++) __builtin_prefetch(later.from + (d * later.each + l) * LANES, 0, 2);
+        for (int64_t l = 0; ASKS && l < later.each; l++) __builtin_prefetch(later.from + (d * later.each + l) * LANES, 0, 2);
         EACH(r, R) {
             vec x = splat(a[r * a_stride + d]);
             EACH(v, V) total[r][v] += x * row[v];
@@ -38,17 +39,26 @@ INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_str
         EACH(v, V) store(out + r * out_stride + v * LANES, total[r][v]);
 }
 
+// Of many tiles on one panel the first few ask for what is needed later. The others are spared the instructions: a
+// processor that shares its core with another's work decodes half as many, and a product then waits for them.
+template <int R, int V>
+INLINE void high_tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, float *out,
+                      int64_t out_stride, bool add, const float *bias, Later later) {
+    if (later.each) tile<R, V, true>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
+    else tile<R, V, false>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
+}
+
 template <int V>
 static void tile_of_width(int rows, const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth,
                           float *out, int64_t out_stride, bool add, const float *bias, Later later) {
     switch (rows) {
     case 2 * TILE_ROWS:
-        if constexpr (2 * V <= TILE_VECTORS) return tile<2 * TILE_ROWS, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
+        if constexpr (2 * V <= TILE_VECTORS) return high_tile<2 * TILE_ROWS, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
         break;
-    case 1: return tile<1, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-    case 2: return tile<2, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-    case 4: return tile<4, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
-    default: return tile<TILE_ROWS, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
+    case 1: return tile<1, V, true>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
+    case 2: return tile<2, V, true>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
+    case 4: return tile<4, V, true>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
+    default: return high_tile<TILE_ROWS, V>(a, a_stride, b, b_stride, depth, out, out_stride, add, bias, later);
     }
 }
 
