@@ -59,9 +59,9 @@ def _default_lower(program: Program, session: Session) -> Executable:
         kernels = KernelTuner.of(program, session.target, session.tuning, session.measures)
         return lower_for_gpu(program, session.log, kernels)
     from regraft.codegen.cpu.lower import lower
-    from regraft.codegen.cpu.tuning import Tuner
+    from regraft.codegen.cpu.tuning import DECIDED, Tuner
 
-    tuner = Tuner()
+    tuner = Tuner(decided=DECIDED)
     tuner.remember(session.tuning)
     return lower(program, tuner, session.read_last)
 

@@ -71,6 +71,11 @@ class TuningRecord:
         return TuningRecord(made, int(data["threads"]), str(data["kernel"]), dict(data["seconds"]))
 
 
+Records = dict[tuple[Shape, int], TuningRecord]  #: by shape and number of threads
+#: What this process has measured. Two compilations of a model, or of it and a variant, run the same kernels.
+DECIDED: Records = {}
+
+
 class Tuner:
     """Decides kernels and remembers why.
 
@@ -80,9 +85,11 @@ class Tuner:
     each kernel is measured between two products of the library that runs the rest.
     """
 
-    def __init__(self, others: Sequence[Tensor] = ()) -> None:
+    def __init__(self, others: Sequence[Tensor] = (), decided: Records | None = None) -> None:
+        """``decided`` holds decisions of other tuners, which are taken over and added to."""
         self._others = list(others)
-        self.records: dict[tuple[Shape, int], TuningRecord] = {}
+        self.records: Records = {}
+        self._decided: Records = {} if decided is None else decided
 
     def remember(self, lines: bytes) -> None:
         """Take over decisions made before, as ``to_jsonl`` wrote them. Those for kernels that do not run here, or made
@@ -111,10 +118,12 @@ class Tuner:
     def _decide(self, shape: Shape, measure: Callable[[], tuple[str, dict[str, float]]]) -> str:
         known = self._known(shape)
         if known is None:
-            threads = torch.get_num_threads()
-            kernel, seconds = measure()
-            give_back()  # what it ran on
-            known = self.records[shape, threads] = TuningRecord(shape, threads, kernel, seconds)
+            key = shape, torch.get_num_threads()
+            known = self._decided.get(key)
+            if known is None or known.kernel not in _names(shape):
+                known = self._decided[key] = TuningRecord(*key, *measure())
+                give_back()  # what it ran on
+            self.records[key] = known
         return known.kernel
 
     def _known(self, shape: Shape) -> TuningRecord | None:

@@ -5,7 +5,6 @@
 
 constexpr int64_t QUERY_BLOCK = 48, KEY_BLOCK = 512;
 constexpr int64_t SCORE_STRIDE = KEY_BLOCK + LANES;  // no power of two: rows would share their places in the cache
-constexpr int64_t LINE = 16;  // floats that memory gives at a time
 constexpr int64_t GAP = 64;  // keys that no row of a block sees: fewer are not worth leaving out
 constexpr int64_t MOST_SPANS = 8;
 constexpr int64_t FEW_ROWS = 32;  // queries that read keys where they lie

@@ -2,7 +2,6 @@
 #include "product.h"
 
 constexpr int64_t EARLY = 32;         // rows ahead that are prefetched
-constexpr int LINE = 16;              // numbers of a cache line
 constexpr int64_t DEPTH_BLOCK = 512;  // rows of a panel that stay in the second cache
 
 // Loops over registers: unrolled, or the registers would be an array in memory.

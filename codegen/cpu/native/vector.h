@@ -20,6 +20,7 @@ constexpr int LANES = 4, TILE_VECTORS = 4;
 // TILE_ROWS * TILE_VECTORS accumulators, TILE_VECTORS operands and one broadcast fill the vector registers.
 constexpr int TILE_ROWS = 6;
 constexpr int PANEL = LANES * TILE_VECTORS;  // columns of a packed panel
+constexpr int64_t LINE = 16;  // floats that memory gives at a time
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float unaligned_vec __attribute__((vector_size(LANES * 4), aligned(4)));

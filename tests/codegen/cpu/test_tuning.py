@@ -122,6 +122,23 @@ def test_decisions_survive_an_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert second.records == first.records and len(seen) == 1
 
 
+def test_tuners_of_a_process_decide_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = measuring(monkeypatch, {})
+    decided: dict[Any, TuningRecord] = {}
+    first, second, apart = Tuner(decided=decided), Tuner(decided=decided), Tuner()
+    assert first.choose(SHAPE, WEIGHT) == second.choose(SHAPE, WEIGHT) and len(seen) == 1
+    assert second.to_jsonl() == first.to_jsonl()  # each says what its own model runs on
+    apart.choose(SHAPE, WEIGHT)
+    assert len(seen) == 2
+
+
+def test_what_another_tuner_decided_does_not_count_where_its_kernel_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = measuring(monkeypatch, {})
+    key = SHAPE, torch.get_num_threads()
+    tuner = Tuner(decided={key: TuningRecord(*key, "of another machine", {})})
+    assert tuner.choose(SHAPE, WEIGHT) != "of another machine" and len(seen) == 1
+
+
 def test_a_shape_with_one_kernel_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = measuring(monkeypatch, {})
     narrow = LinearShape(6, 4, 5, torch.bfloat16)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
 from regraft.codegen.cpu.native import experts
+from regraft.codegen.cpu.native.kernels import EXPERTS, FUSED, NATIVE, REVERSED, TOKENS
 from regraft.codegen.cpu.native.library import NativeLibrary
 from tests.codegen.cpu.support import needs_native
 
@@ -18,6 +21,15 @@ LINEAR = ("product.cpp", "linear.cpp")
 
 def accept(library: ctypes.CDLL) -> str:
     return "" if library.regraft_panel() > 0 else "no panel"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="no g++ here")
+@pytest.mark.parametrize("library", (NATIVE, EXPERTS, TOKENS, FUSED, REVERSED))
+def test_where_there_is_a_compiler_the_kernels_are_there(library: NativeLibrary) -> None:
+    """Tests of kernels are skipped where there are none: without this one, all would be where a source is wrong."""
+    if os.environ.get("REGRAFT_NATIVE") == "0":
+        pytest.skip("the environment wants none")
+    assert library.missing() == ""
 
 
 @pytest.fixture
