@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from regraft.experts import Together
 
 _LOG = logging.getLogger("regraft")
+_OTHER_SEED = 0x5EED
 
 Executable = Callable[..., Sequence[Any]]
 
@@ -318,9 +319,11 @@ def _drift(outputs: Any, expected: Any) -> float:
 
 
 def output_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The model's own output; its buffers, the inputs and the state of the random generator stay as they are."""
+    """The model's own output; its buffers, the inputs and the state of the random generator stay as they are. It draws
+    from another seed than the compiled code it is compared with: where it draws, outputs differ, and do so always."""
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(torch.initial_seed() ^ _OTHER_SEED)
         copied_args, copied_kwargs = _copied((args, dict(kwargs)))
         return torch.func.functional_call(model, buffers, copied_args, copied_kwargs)
 

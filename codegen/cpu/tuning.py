@@ -121,7 +121,8 @@ class Tuner:
             key = shape, torch.get_num_threads()
             known = self._decided.get(key)
             if known is None or known.kernel not in _names(shape):
-                known = self._decided[key] = TuningRecord(*key, *measure())
+                with torch.random.fork_rng(devices=[]):  # operands are drawn, and a caller's numbers are the caller's
+                    known = self._decided[key] = TuningRecord(*key, *measure())
                 give_back()  # what it ran on
             self.records[key] = known
         return known.kernel

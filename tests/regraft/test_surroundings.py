@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,3 +60,30 @@ def test_exporting_a_compiled_model_or_compiling_one_that_holds_it_says_what_to_
         torch.export.export(fast, (x,))
     with pytest.raises(CaptureError, match="a part of the model, 1, is compiled already"):
         regraft.compile(nn.Sequential(_model(), fast).eval(), (x,))
+
+
+class Noisy(nn.Module):
+    """Draws random numbers at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(48, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + torch.randn_like(x))  # type: ignore[no-any-return]
+
+
+def test_compiling_draws_no_number_of_the_callers() -> None:
+    model = nn.Linear(40, 48).eval()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    regraft.compile(model, (torch.ones(5, 40),))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_that_draws_is_refused_also_where_nothing_is_measured() -> None:
+    for _ in range(2):  # the second finds its kernel known
+        with torch.no_grad():
+            fast = regraft.compile(Noisy().eval())
+            fast(torch.ones(5, 48))
+        assert not fast.entries and "draws random numbers" in fast.report.events[-1].reason
