@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import regraft
+from regraft.codegen.cpu import tuning
 from regraft.errors import CaptureError, InputError
 
 
@@ -73,7 +74,8 @@ class Noisy(nn.Module):
         return self.inner(x + torch.randn_like(x))  # type: ignore[no-any-return]
 
 
-def test_compiling_draws_no_number_of_the_callers() -> None:
+def test_compiling_draws_no_number_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "DECIDED", {})  # so that kernels are measured
     model = nn.Linear(40, 48).eval()
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -81,7 +83,8 @@ def test_compiling_draws_no_number_of_the_callers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_that_draws_is_refused_also_where_nothing_is_measured() -> None:
+def test_a_model_that_draws_is_refused_also_where_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "DECIDED", {})
     for _ in range(2):  # the second finds its kernel known
         with torch.no_grad():
             fast = regraft.compile(Noisy().eval())
