@@ -6,6 +6,7 @@ loading measures nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -41,8 +42,8 @@ _NEARLY_THE_SAME = math.log(1.25)  # of rows that are measured, or lengths of at
 _SMALL = 64  # features of the product that brings a kernel's code into the caches
 _WORTH_A_COPY = 0.97  # a packed weight must be this much faster than the plain one to be worth its memory
 _WORTH_A_CALL = 0.97  # and another library's kernel this much faster than ours, which joins its neighbours in one call
-_CALL = 2e-5  # seconds that such a call costs: Python's, and the neighbours' that it parts
-_VIEWS = 2e-5  # attention of another library takes views of its operands and its result besides
+_PARTED = 2  # calls of ours that Python makes for one of another library: the neighbours become two, ours takes none
+_VIEWED = 3  # the same for attention of another library, which takes views of its operands and its result besides
 
 Shape = LinearShape | AttentionShape
 _OPERATORS: dict[str, type[LinearShape] | type[AttentionShape]] = {"linear": LinearShape, "attention": AttentionShape}
@@ -174,7 +175,7 @@ class Tuner:
             seconds = _interleaved(dict(runs), lambda: self._as_in_a_model(given), _neighbour(shape), rehearsals)
             for run in runs.values():
                 run.release()
-        return _best(seconds), seconds
+        return _best(seconds, _PARTED * _call_seconds()), seconds
 
     def _measure_attention(self, shape: AttentionShape, sample: Sample) -> tuple[str, dict[str, float]]:
         """Keys and values come from the layer before: nothing is cold. A mask that calls make is made once for all
@@ -182,11 +183,12 @@ class Tuner:
         seconds = _interleaved(sample.runs)
         for name, taken in _interleaved(sample.makes).items():
             seconds[name] += taken / shape.sharing
-        return _best(seconds, _CALL + _VIEWS), seconds
+        return _best(seconds, _VIEWED * _call_seconds()), seconds
 
 
-def _best(seconds: Mapping[str, float], around: float = _CALL) -> str:
-    """The fastest kernel, unless ours or the plain one is nearly as fast: another library's costs ``around`` more."""
+def _best(seconds: Mapping[str, float], around: float) -> str:
+    """The fastest kernel, unless ours or the plain one is nearly as fast: another library's costs ``around`` more in a
+    model than by itself, beside ours."""
     best = min(seconds, key=lambda name: seconds[name]) if seconds else "plain"
     if seconds.get("plain", math.inf) <= seconds.get(best, 0.0) / _WORTH_A_COPY:
         return "plain"
@@ -254,6 +256,29 @@ def _neighbour(shape: LinearShape) -> Callable[[], Any] | None:
     beside = replace(shape, in_features=_NEIGHBOUR, out_features=_NEIGHBOUR, **_NO_EPILOGUE)
     name = next((name for name in ("native", "onednn") if name in applicable(beside)), None)
     return None if name is None else _compiled(name, beside, weight, {"x": x})
+
+
+def _call_seconds() -> float:
+    """Seconds that a call of our kernel takes beside what it computes: that of a small product, which computes nothing
+    to speak of. It is Python's work, so that it depends on the machine and on what else that does."""
+    call = _small_call()
+    if call is None:
+        return 0.0
+    return best_in_turn(["call"], lambda _: _seconds_of(call), _SECONDS_PER_SHAPE)["call"]
+
+
+@functools.cache
+def _small_call() -> Callable[[], Any] | None:
+    shape = LinearShape(1, _SMALL, _SMALL, torch.float32)
+    if "native" not in applicable(shape):
+        return None
+    return _compiled("native", shape, torch.randn(_SMALL, _SMALL, dtype=torch.float32), _activations(shape))
+
+
+def _seconds_of(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def _interleaved(

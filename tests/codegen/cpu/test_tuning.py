@@ -14,6 +14,7 @@ from torch import Tensor
 from regraft.codegen.cpu import tuning
 from regraft.codegen.cpu.attention_measured import AttentionShape, Sample
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, applicable
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.cpu.tuning import Tuner, TuningRecord
 
 SHAPE = LinearShape(rows=6, in_features=4, out_features=5, dtype=torch.float32, has_bias=True)
@@ -85,6 +86,23 @@ def test_attention_of_pytorch_runs_where_it_is_faster(
     measuring(monkeypatch, {"sdpa": 1.0, "native": native})
     sample = Sample({"sdpa": lambda: None, "native": lambda: None})
     assert Tuner().choose_attention(shape, lambda: sample) == chosen
+
+
+@pytest.mark.parametrize(("call", "chosen"), [(0.0, "sdpa"), (0.02, "sdpa"), (0.1, "native")])
+def test_calls_that_only_another_library_needs_are_counted(
+    monkeypatch: pytest.MonkeyPatch, call: float, chosen: str
+) -> None:
+    """By itself ours is slower by a quarter; among its like it needs no call, and parts no others."""
+    shape = AttentionShape(1, 2, 2, 8, 8, 4, 4, "all", False, torch.float32)
+    measuring(monkeypatch, {"sdpa": 1.0, "native": 1.25})
+    monkeypatch.setattr(tuning, "_call_seconds", lambda: call)
+    sample = Sample({"sdpa": lambda: None, "native": lambda: None})
+    assert Tuner().choose_attention(shape, lambda: sample) == chosen
+
+
+def test_a_call_that_computes_nothing_takes_some_time() -> None:
+    if not NATIVE.missing():
+        assert 0.0 < tuning._call_seconds() < 0.1
 
 
 def lines(record: TuningRecord) -> bytes:
