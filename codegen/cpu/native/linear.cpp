@@ -18,23 +18,49 @@ struct Linear {
     int64_t next_panels, next_panel;  // their number, and the numbers that each holds
 };
 
-// The epilogue but for the bias on `rows` rows from `from`, `columns` wide, written to `to`.
-static void finish(const Linear &s, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,
-                   const float *from, int64_t from_stride, float *to) {
+template <class Function>
+INLINE void each_vector(float *values, int64_t count, Function function) {
+    for (int64_t i = 0; i < count; i += LANES) store(values + i, function(load(values + i)));
+}
+
+// The activation in place; a loop of its own for each, as asking for every vector which it is costs as much again.
+static void activate(float *values, int64_t count, int32_t activation) {
+    switch (activation) {
+    case RELU: return each_vector(values, count, [](vec x) { return activated(x, RELU); });
+    case SIGMOID: return each_vector(values, count, [](vec x) { return activated(x, SIGMOID); });
+    case TANH: return each_vector(values, count, [](vec x) { return activated(x, TANH); });
+    case SILU: return each_vector(values, count, [](vec x) { return activated(x, SILU); });
+    case GELU: return each_vector(values, count, [](vec x) { return activated(x, GELU); });
+    case GELU_TANH: return each_vector(values, count, [](vec x) { return activated(x, GELU_TANH); });
+    case QUICK_GELU: return each_vector(values, count, [](vec x) { return activated(x, QUICK_GELU); });
+    case RELU_SQUARED: return each_vector(values, count, [](vec x) { return activated(x, RELU_SQUARED); });
+    }
+}
+
+// The epilogue but for the bias and the activation on one row, `columns` wide, written to `to`. WHOLE: of a panel.
+template <bool WHOLE>
+INLINE void finish_row(const float *from, const float *multiplier, const float *residual, float *to, int64_t columns) {
+    for (int64_t j = 0; j < (WHOLE ? PANEL : columns); j += LANES) {
+        int64_t count = WHOLE ? LANES : smaller((int64_t)LANES, columns - j);
+        auto part = [&](const float *at) { return count == LANES ? load(at) : load_part(at, count); };
+        vec x = load(from + j);
+        if (multiplier) x *= part(multiplier + j);
+        if (residual) x += part(residual + j);
+        count == LANES ? store(to + j, x) : store_part(to + j, x, count);
+    }
+}
+
+// The epilogue but for the bias on the results of one panel, `from` [rows, PANEL], written to `to`.
+static void finish(const Linear &s, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns, float *from,
+                   float *to) {
+    activate(from, rows * PANEL, s.activation);
     for (int64_t r = 0; r < rows; r++) {
         int64_t row = first_row + r;
         const float *multiplier = s.multiplier ? s.multiplier + row * s.multiplier_stride + first_column : nullptr;
         const float *residual = s.residual ? s.residual + row * s.residual_stride + first_column : nullptr;
-        for (int64_t j = 0; residual && j < columns; j += LANES) __builtin_prefetch(residual + AHEAD * s.residual_stride + j);
-        for (int64_t j = 0; j < columns; j += LANES) {
-            int64_t count = smaller((int64_t)LANES, columns - j);
-            auto part = [&](const float *at) { return count == LANES ? load(at) : load_part(at, count); };
-            vec x = load(from + r * from_stride + j);
-            if (s.activation) x = activated(x, s.activation);
-            if (multiplier) x *= part(multiplier + j);
-            if (residual) x += part(residual + j);
-            count == LANES ? store(to + r * s.columns + j, x) : store_part(to + r * s.columns + j, x, count);
-        }
+        for (int64_t j = 0; residual && j < columns; j += LINE) __builtin_prefetch(residual + AHEAD * s.residual_stride + j);
+        if (columns == PANEL) finish_row<true>(from + r * PANEL, multiplier, residual, to + r * s.columns, columns);
+        else finish_row<false>(from + r * PANEL, multiplier, residual, to + r * s.columns, columns);
     }
 }
 
@@ -77,7 +103,7 @@ extern "C" void regraft_linear(const Linear *given) {
                 after = weight + s.depth * PANEL, floats = s.depth * PANEL;
             product(rows, PANEL, s.x + first * s.x_stride, s.x_stride, weight, PANEL, s.depth, direct ? to : scratch,
                     direct ? s.columns : PANEL, false, bias, after, floats);
-            if (!direct) finish(s, first, rows, column, columns, scratch, PANEL, to);
+            if (!direct) finish(s, first, rows, column, columns, scratch, to);
         }
         free(scratch);
     }
