@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
 from types import ModuleType
@@ -107,7 +108,13 @@ class WeightWatch:
 def _reader(attributes: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
     """Reads the attributes that can change what a forward computes: most of a module's are PyTorch's own books."""
     names = [name for name in attributes if name not in _BOOKS | _MARKS]
-    return itemgetter(*names) if names else lambda held: None
+    return _reader_of(*names) if names else lambda held: None
+
+
+@functools.cache
+def _reader_of(*names: str) -> Callable[[dict[str, Any]], Any]:
+    """One for all parts of a kind: between two calls a model's weights drive from the caches whatever is read here."""
+    return itemgetter(*names)
 
 
 def _differ(left: Any, right: Any) -> bool:

@@ -62,8 +62,12 @@ def to_broadcast(
     """The mask as ``to_dense`` has it, but a size is 1 where the predicate tells nothing apart: ``[batch or 1, heads or
     1, query_length or 1, key_length or 1]``. It may be a view of one of the tensors."""
     sizes = {**(symbols or {}), QUERY_LENGTH: query_length, KEY_LENGTH: key_length}
-    query = torch.arange(query_length, device=device)[some, None]
-    key = torch.arange(key_length, device=device)[None, :]
+
+    def query() -> Tensor:
+        return torch.arange(query_length, device=device)[some, None]
+
+    def key() -> Tensor:
+        return torch.arange(key_length, device=device)[None, :]
 
     def rows(number: int) -> Tensor:
         return tensors[number].to(device).reshape(-1, 1, query_length, 1)[:, :, some]
@@ -73,7 +77,7 @@ def to_broadcast(
 
     def bits(words: Tensor) -> Tensor:
         words = words.reshape(-1, query_length, words.shape[-1])[:, some]
-        place = key[0] - (key_length - query_length)
+        place = key()[0] - (key_length - query_length)
         chosen = words[..., (place // _WORD).clamp(0, words.shape[-1] - 1)]
         known = (place >= 0) & (place < _WORD * words.shape[-1])
         return ((chosen >> (place % _WORD)) & 1 == 1) & known
@@ -87,12 +91,12 @@ def to_broadcast(
             case Band(lower, upper):
                 inside = torch.ones((1, 1), dtype=torch.bool, device=device)
                 if lower is not None:
-                    inside = inside & (key >= query + lower.evaluate(sizes))
-                return inside if upper is None else inside & (key <= query + upper.evaluate(sizes))
+                    inside = inside & (key() >= query() + lower.evaluate(sizes))
+                return inside if upper is None else inside & (key() <= query() + upper.evaluate(sizes))
             case Prefix(length):
-                return key < length.evaluate(sizes)
+                return key() < length.evaluate(sizes)
             case Lengths(number):
-                return key < tensors[number].to(device).reshape(-1, 1, 1, 1)
+                return key() < tensors[number].to(device).reshape(-1, 1, 1, 1)
             case Keys(number):
                 return keys(number) != 0
             case Rows(number):
@@ -100,7 +104,7 @@ def to_broadcast(
             case Same(left, right):
                 return rows(left) == keys(right)
             case Chunk(size, offset):
-                return (query + offset.evaluate(sizes)) // size == key // size
+                return (query() + offset.evaluate(sizes)) // size == key() // size
             case Dense(number):
                 pairs = tensors[number].to(device)
                 return (pairs if pairs.dim() < 2 or pairs.shape[-2] == 1 else pairs[..., some, :]) != 0

@@ -21,3 +21,24 @@ INLINE vec activated(vec x, int32_t activation) {
     default: return x;
     }
 }
+
+template <class Function>
+INLINE void each_vector(float *values, int64_t count, Function function) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(values + i, function(load(values + i)));
+    if (i < count) store_part(values + i, function(load_part(values + i, count - i)), count - i);
+}
+
+// The activation in place; a loop of its own for each, as asking for every vector which it is costs as much again.
+static void activate(float *values, int64_t count, int32_t activation) {
+    switch (activation) {
+    case RELU: return each_vector(values, count, [](vec x) { return activated(x, RELU); });
+    case SIGMOID: return each_vector(values, count, [](vec x) { return activated(x, SIGMOID); });
+    case TANH: return each_vector(values, count, [](vec x) { return activated(x, TANH); });
+    case SILU: return each_vector(values, count, [](vec x) { return activated(x, SILU); });
+    case GELU: return each_vector(values, count, [](vec x) { return activated(x, GELU); });
+    case GELU_TANH: return each_vector(values, count, [](vec x) { return activated(x, GELU_TANH); });
+    case QUICK_GELU: return each_vector(values, count, [](vec x) { return activated(x, QUICK_GELU); });
+    case RELU_SQUARED: return each_vector(values, count, [](vec x) { return activated(x, RELU_SQUARED); });
+    }
+}

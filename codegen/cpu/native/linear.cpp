@@ -18,25 +18,6 @@ struct Linear {
     int64_t next_panels, next_panel;  // their number, and the numbers that each holds
 };
 
-template <class Function>
-INLINE void each_vector(float *values, int64_t count, Function function) {
-    for (int64_t i = 0; i < count; i += LANES) store(values + i, function(load(values + i)));
-}
-
-// The activation in place; a loop of its own for each, as asking for every vector which it is costs as much again.
-static void activate(float *values, int64_t count, int32_t activation) {
-    switch (activation) {
-    case RELU: return each_vector(values, count, [](vec x) { return activated(x, RELU); });
-    case SIGMOID: return each_vector(values, count, [](vec x) { return activated(x, SIGMOID); });
-    case TANH: return each_vector(values, count, [](vec x) { return activated(x, TANH); });
-    case SILU: return each_vector(values, count, [](vec x) { return activated(x, SILU); });
-    case GELU: return each_vector(values, count, [](vec x) { return activated(x, GELU); });
-    case GELU_TANH: return each_vector(values, count, [](vec x) { return activated(x, GELU_TANH); });
-    case QUICK_GELU: return each_vector(values, count, [](vec x) { return activated(x, QUICK_GELU); });
-    case RELU_SQUARED: return each_vector(values, count, [](vec x) { return activated(x, RELU_SQUARED); });
-    }
-}
-
 // The epilogue but for the bias and the activation on one row, `columns` wide, written to `to`. WHOLE: of a panel.
 template <bool WHOLE>
 INLINE void finish_row(const float *from, const float *multiplier, const float *residual, float *to, int64_t columns) {

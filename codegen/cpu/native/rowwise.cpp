@@ -34,42 +34,52 @@ struct Norm {
     int32_t centred, activation;
 };
 
+// The sum of f(i) over whole vectors, i their first element: in several sums, as each waits for what it was before.
+template <typename Function>
+INLINE vec sum_of(int64_t whole, Function f) {
+    constexpr int SUMS = 4;
+    vec totals[SUMS] = {};
+    int64_t i = 0;
+    for (; i + SUMS * LANES <= whole; i += SUMS * LANES)
+        _Pragma("GCC unroll 4") for (int k = 0; k < SUMS; k++) totals[k] += f(i + k * LANES);
+    for (; i < whole; i += LANES) totals[0] += f(i);
+    return (totals[0] + totals[1]) + (totals[2] + totals[3]);
+}
+
 // RMSNorm: x / sqrt(mean(x^2) + eps) * (weight + offset) + bias; LayerNorm takes the mean from x first. With a residual
 // it is x + residual that is normalised. An activation comes last.
 static void norm_row(const Norm &s, int64_t row) {
-    const float *x = s.x + s.x_rows.place(row);
-    const float *residual = s.residual ? s.residual + s.residual_rows.place(row) : nullptr;
-    float *total = s.residual ? s.total + row * s.size : nullptr, *out = s.out + row * s.size;
+    const float *from = s.x + s.x_rows.place(row), *weight = s.weight, *bias = s.bias;
+    float *out = s.out + row * s.size, size = (float)s.size;
     int64_t whole = s.size / LANES * LANES, rest = s.size - whole;
-    auto part = [&](const float *from, int64_t i) { return i < whole ? load(from + i) : load_part(from + i, rest); };
-    auto keep = [&](float *to, int64_t i, vec v) { i < whole ? store(to + i, v) : store_part(to + i, v, rest); };
-    vec plain = vec{}, squares = vec{};
-    for (int64_t i = 0; i < s.size; i += LANES) {
-        vec value = part(x, i);
-        if (residual) value += part(residual, i), keep(total, i, value);
-        plain += value;
-        squares += value * value;
+    if (s.residual) {
+        const float *residual = s.residual + s.residual_rows.place(row);
+        float *total = s.total + row * s.size;
+        for (int64_t i = 0; i < whole; i += LANES) store(total + i, load(from + i) + load(residual + i));
+        for (int64_t i = whole; i < s.size; i++) total[i] = from[i] + residual[i];
+        from = total;
     }
-    const float *from = residual ? total : x;
-    float mean = 0, square = sum(squares);
-    if (s.centred) {  // a second pass over the row: the difference of two large sums would lose digits
-        mean = sum(plain) / (float)s.size;
-        squares = vec{};
-        for (int64_t i = 0; i < whole; i += LANES) {
-            vec away = load(from + i) - splat(mean);
-            squares += away * away;
-        }
-        square = sum(squares);
+    float mean = 0, square = 0;
+    if (s.centred) {
+        mean = sum(sum_of(whole, [&](int64_t i) { return load(from + i); }) + load_part(from + whole, rest)) / size;
         for (int64_t i = whole; i < s.size; i++) square += (from[i] - mean) * (from[i] - mean);
+    } else {
+        for (int64_t i = whole; i < s.size; i++) square += from[i] * from[i];
     }
-    float inverse = 1 / __builtin_sqrtf(square / (float)s.size + s.eps);
-    for (int64_t i = 0; i < s.size; i += LANES) {
-        vec value = (part(from, i) - splat(mean)) * splat(inverse);
-        if (s.weight) value *= part(s.weight, i) + splat(s.offset);
-        if (s.bias) value += part(s.bias, i);
-        if (s.activation) value = activated(value, s.activation);
-        keep(out, i, value);
-    }
+    // With the mean this is a second pass over the row: the difference of two large sums would lose digits.
+    square += sum(sum_of(whole, [&](int64_t i) {
+        vec away = load(from + i) - splat(mean);
+        return away * away;
+    }));
+    vec middle = splat(mean), inverse = splat(1 / __builtin_sqrtf(square / size + s.eps)), offset = splat(s.offset);
+    auto scaled = [&](vec x, vec factor, vec added) { return (x - middle) * inverse * (factor + offset) + added; };
+    if (!weight) offset = splat(1.0f);
+    for (int64_t i = 0; i < whole; i += LANES)
+        store(out + i, scaled(load(from + i), weight ? load(weight + i) : vec{}, bias ? load(bias + i) : vec{}));
+    if (rest)
+        store_part(out + whole, scaled(load_part(from + whole, rest), weight ? load_part(weight + whole, rest) : vec{},
+                                       bias ? load_part(bias + whole, rest) : vec{}), rest);
+    activate(out, s.size, s.activation);
 }
 
 extern "C" void regraft_norm(const Norm *given) {
