@@ -8,6 +8,7 @@ from operator import attrgetter, itemgetter
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +18,6 @@ _address = Tensor.data_ptr
 _BOOKS = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers", "_modules"}
 #: What ``torch.compile`` writes on a module that it wraps.
 _MARKS = frozenset({"_is_torch_compile"})
-#: An integer type of the same size, in which equal bits are equal numbers, NaN included.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class WeightWatch:
@@ -58,8 +57,8 @@ class WeightWatch:
         self._versioned = [t for key, t in every.items() if key not in free and not t.is_inference()]
         self._addresses = list(map(_address, self._tensors))
         self._versions = list(map(_version, self._versioned))
-        self._samples = _samples([t for t in self._tensors if id(t) not in free])
-        self._sampled = [torch.cat(elements) for elements in self._samples]
+        self._samples = _Samples([tensor for tensor in self._tensors if id(tensor) not in free])
+        self._sampled = self._samples.read()
 
     def changed(self) -> str:
         """Empty while nothing changed, else what did."""
@@ -73,7 +72,7 @@ class WeightWatch:
             return "a weight was changed in place"
         if list(map(_address, self._tensors)) != self._addresses:
             return "a weight's data was moved or replaced"
-        if not all(map(torch.equal, map(torch.cat, self._samples), self._sampled)):
+        if self._samples.read() != self._sampled:  # where they lie is known: it was just compared
             return "a weight's data was changed in place"
         return ""
 
@@ -139,18 +138,32 @@ def _is_configuration(value: Any) -> bool:
     )
 
 
-def _samples(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """One element of each tensor, as views, grouped by size so that a group can be read at once."""
-    groups: dict[int, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel() and tensor.device.type == "cpu" and not tensor.is_complex() and not tensor.is_quantized:
-            middle = tensor.detach()
-            for size in tensor.shape:
-                middle = middle.select(0, size // 2)
-            middle = torch._neg_view(middle) if middle.is_neg() else middle  # the bits that are in memory
-            kind = _BITS[tensor.element_size()]
-            groups.setdefault(tensor.element_size(), []).append(middle.reshape(1).view(kind))
-    return list(groups.values())
+class _Samples:
+    """The bytes of one element of each tensor, in its middle, read where they lie, all at once. Views of them would be
+    objects of their own, which a model's weights drive from the caches between two calls."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        held = [tensor for tensor in tensors if tensor.numel() and tensor.device.type == "cpu"]
+        places = [_middle(tensor) + byte for tensor in held for byte in range(tensor.element_size())]
+        first = min(places, default=0)
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (max(places, default=0) - first + 1 if places else 0,),
+            "data": (first, True),  # memory from the first to the last; what lies between is never read
+        }
+        self._memory = np.asarray(self)
+        self._places = np.array([place - first for place in places], dtype=np.int64)
+
+    def read(self) -> bytes:
+        """What the elements hold now; the tensors must still lie where they did."""
+        return self._memory.take(self._places).tobytes()
+
+
+def _middle(tensor: Tensor) -> int:
+    """The address of the element in the middle of each dim."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.data_ptr() + sum(size // 2 * stride for size, stride in steps) * tensor.element_size()
 
 
 def _has_address(tensor: Tensor) -> bool:

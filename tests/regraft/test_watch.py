@@ -106,6 +106,26 @@ def test_a_watch_over_odd_tensors() -> None:
     assert watch.changed() == "a weight was changed in place"
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(()),
+        torch.zeros(5, 7),
+        torch.zeros(3, 4, dtype=torch.bfloat16).t(),
+        torch.zeros(6, dtype=torch.float64)[1::2],
+        torch.zeros(3, dtype=torch.int8),
+        torch.zeros(3, dtype=torch.complex64),
+        torch.zeros(4, dtype=torch.complex64).conj().imag,
+        torch.frombuffer(bytearray(13), dtype=torch.float32, count=3, offset=1),  # where no number usually lies
+    ],
+)
+def test_what_is_written_behind_a_version_s_back_is_seen(tensor: Tensor) -> None:
+    watch = WeightWatch(None, [torch.ones(2), tensor])
+    assert watch.changed() == ""
+    tensor.data.add_(1)
+    assert watch.changed() == "a weight's data was changed in place"
+
+
 def test_tables_that_every_module_has_are_no_configurations() -> None:
     watch = WeightWatch(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert len(watch._attributes) == 3  # one a part
