@@ -29,6 +29,7 @@ from regraft.ir.capture_dynamic import (
 from regraft.ir.capture_error import CaptureError, first_line, unknown_output, why_not_traced
 from regraft.ir.capture_hints import as_if_not_compiled, masks_as_given
 from regraft.ir.capture_imports import export_trace
+from regraft.ir.capture_in_place import write_functional
 from regraft.ir.capture_negated import write_out_negated
 from regraft.ir.capture_regions import complete_values, inline_regions, must_decompose, refuse_left_over
 from regraft.ir.capture_speed import faster_export, resting_collector
@@ -84,6 +85,8 @@ def capture(
     with contextlib.nullcontext() if shapes is None else spelled_keywords(model, kwargs):
         exported, notes = _export(model, args, kwargs, shapes)
     drop_cycles()
+    if must_decompose(exported.graph_module):
+        write_functional(exported.graph)
     program = from_exported(exported, [])
     program.reads_layout = notes.layout_read
     program.example = flat_inputs(program.in_spec, args, kwargs)
