@@ -50,9 +50,11 @@ _DROPOUTS = frozenset(
 
 def write_functional(graph: fx.Graph) -> None:
     """Replace in place what can be; everything else is left as it is, but for dropouts that drop nothing: they return
-    their operand itself, which ``run_decompositions`` takes for a copy that later writes do not reach."""
+    their operand itself, which ``run_decompositions`` takes for a copy that later writes do not reach. The signature of
+    an exported program names what it returns, so that this stays."""
     for node in list(graph.nodes):
-        if node.target in _DROPOUTS and not arguments(node)["train"]:
+        returned = any(user.op == "output" for user in node.users)
+        if node.target in _DROPOUTS and not returned and not arguments(node)["train"]:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     order = {node: place for place, node in enumerate(graph.nodes)}

@@ -79,6 +79,12 @@ def through_what_may_return_its_operand(x: Tensor) -> Tensor:
     return y * z
 
 
+def returned_from_a_dropout(x: Tensor) -> Tensor:
+    y = x * 2
+    y[0] = 1
+    return F.dropout(y, 0.5, False)
+
+
 def written_through_a_view(x: Tensor) -> Tensor:
     y = x * 2
     z = y.view(-1)
@@ -104,6 +110,7 @@ SLOW = [
     a_part_written,
     returned_twice,
     through_what_may_return_its_operand,
+    returned_from_a_dropout,
     written_through_a_view,
     of_another_type,
     laid_out_otherwise,
