@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from regraft.codegen.cpu.attention_measured import AttentionShape, Sample
 from regraft.codegen.cpu.context import Emitter
 from regraft.codegen.cpu.linear_kernels import KERNELS, LinearShape, Operands, applicable
+from regraft.codegen.cpu.native.kernels import NATIVE
 from regraft.codegen.timing import best_in_turn
 from regraft.ir.memory import give_back
 
@@ -261,7 +262,7 @@ def _neighbour(shape: LinearShape) -> Callable[[], Any] | None:
 def _call_seconds() -> float:
     """Seconds that a call of our kernel takes beside what it computes: that of a small product, which computes nothing
     to speak of. It is Python's work, so that it depends on the machine and on what else that does."""
-    call = _small_call()
+    call = None if NATIVE.missing() else _small_call()
     if call is None:
         return 0.0
     return best_in_turn(["call"], lambda _: _seconds_of(call), _SECONDS_PER_SHAPE)["call"]
@@ -270,8 +271,6 @@ def _call_seconds() -> float:
 @functools.cache
 def _small_call() -> Callable[[], Any] | None:
     shape = LinearShape(1, _SMALL, _SMALL, torch.float32)
-    if "native" not in applicable(shape):
-        return None
     return _compiled("native", shape, torch.randn(_SMALL, _SMALL, dtype=torch.float32), _activations(shape))
 
 
