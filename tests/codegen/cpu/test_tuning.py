@@ -102,7 +102,7 @@ def test_calls_that_only_another_library_needs_are_counted(
 
 def test_a_call_that_computes_nothing_takes_some_time() -> None:
     if not NATIVE.missing():
-        assert 0.0 < tuning._call_seconds() < 0.1
+        assert tuning._call_seconds() > 0.0
 
 
 def lines(record: TuningRecord) -> bytes:
