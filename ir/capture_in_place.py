@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensor
 
-from regraft.ir.nodes import arguments, size_equal
+from regraft.ir.capture_regions import value_of
+from regraft.ir.nodes import arguments, is_view, sizes_equal
 
 _ATEN = torch.ops.aten
 #: Operators that are written in terms of others and still never return what they were given, as such ones may.
@@ -62,11 +63,13 @@ def write_functional(graph: fx.Graph) -> None:
         functional, before = _functional_form(node), node.meta.get("val")
         if functional is None or not isinstance(before, FakeTensor) or not _alone(node, order):
             continue
-        value = _value(node, functional, before.fake_mode)
+        in_place, node.target = node.target, functional
+        value = value_of(node, before.fake_mode)
         if not _lies_alike(value, before):
+            node.target = in_place
             continue
         written = node.args[0]
-        node.target, node.meta["val"] = functional, value
+        node.meta["val"] = value
         written.replace_all_uses_with(node, lambda user, place=order[node]: order[user] > place)
 
 
@@ -110,21 +113,14 @@ def _is_own(node: fx.Node) -> bool:
 def _makes_new(node: fx.Node) -> bool:
     """Whether a call never returns memory of an operand."""
     target = node.target
-    if not isinstance(target, OpOverload) or any(result.alias_info is not None for result in target._schema.returns):
+    if not isinstance(target, OpOverload) or is_view(node):
         return False
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
     return not composite or target in _MAKES_NEW
-
-
-def _value(node: fx.Node, functional: OpOverload, fake_mode: FakeTensorMode) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
-    with fake_mode, torch.no_grad():
-        return functional(*args, **kwargs)
 
 
 def _lies_alike(value: Any, before: FakeTensor) -> bool:
     """Whether two results are of one type, size and layout: what reads the one can read the other."""
     if not isinstance(value, FakeTensor) or (value.dtype, value.device) != (before.dtype, before.device):
         return False
-    pairs = [(value.shape, before.shape), (value.stride(), before.stride())]
-    return all(len(one) == len(other) and all(map(size_equal, one, other)) for one, other in pairs)
+    return sizes_equal(value.shape, before.shape) and sizes_equal(value.stride(), before.stride())

@@ -52,7 +52,7 @@ def complete_values(graph: fx.Graph, fake_mode: FakeTensorMode) -> None:
     for node in graph.nodes:
         if "val" in node.meta or node.op == "output":
             continue
-        node.meta["val"] = _value(node, fake_mode) if node.op == "call_function" else None
+        node.meta["val"] = value_of(node, fake_mode) if node.op == "call_function" else None
 
 
 def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -70,7 +70,8 @@ def _casts(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is _AUTOCAST and bool(node.args[2])
 
 
-def _value(node: fx.Node, fake_mode: FakeTensorMode) -> Any:
+def value_of(node: fx.Node, fake_mode: FakeTensorMode) -> Any:
+    """What a call gives for the fake values of its operands."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
     with fake_mode, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]

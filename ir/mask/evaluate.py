@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -63,9 +64,11 @@ def to_broadcast(
     1, query_length or 1, key_length or 1]``. It may be a view of one of the tensors."""
     sizes = {**(symbols or {}), QUERY_LENGTH: query_length, KEY_LENGTH: key_length}
 
+    @functools.cache  # most masks ask for neither
     def query() -> Tensor:
         return torch.arange(query_length, device=device)[some, None]
 
+    @functools.cache
     def key() -> Tensor:
         return torch.arange(key_length, device=device)[None, :]
 
